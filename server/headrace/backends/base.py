@@ -1,0 +1,87 @@
+"""The contract between a model version and whatever runs it.
+
+A Backend class is the adapter of one runtime; an instance of it is one loaded copy of a model on one device, with its own
+worker thread. `load`, `warm`, `execute` and `close` are called from that thread only, in that order, `execute` any number of
+times. Nothing here knows of requests, queues or wire formats: a backend sees arrays.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from numpy.typing import NDArray
+
+from headrace.config import InstanceConfig
+from headrace.signature import TensorSpec
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ArtifactSignature:
+    """What the model file itself says of its tensors. -1 is a free dimension; nothing is assumed about a batch axis."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+class Backend(ABC):
+    """One runtime. Raises LoadError from `inspect` and `load`, BackendError from `execute`; both with the runtime's own reason."""
+
+    name: ClassVar[str]
+    """As in model.toml's `backend` and the entry point's name."""
+    default_filename: ClassVar[str]
+    """The file looked for in a version directory, e.g. model.onnx."""
+    platform: ClassVar[str]
+    """Triton's word for it in metadata, e.g. onnxruntime_onnx."""
+
+    def __init__(self, path: Path, instance: InstanceConfig) -> None:
+        self.path = path
+        self.instance = instance
+
+    @classmethod
+    @abstractmethod
+    def inspect(cls, path: Path) -> ArtifactSignature:
+        """Read the tensors of the artifact at `path`. May be slow; never called on the event loop."""
+
+    @classmethod
+    @abstractmethod
+    def estimate_memory(cls, path: Path) -> int:
+        """An upper bound in bytes of what one loaded instance takes, known before it is loaded."""
+
+    @abstractmethod
+    def load(self) -> None:
+        """Take the device memory and make `execute` possible."""
+
+    def warm(self, inputs: Mapping[str, Array]) -> None:
+        """Run once on synthesised or recorded inputs so that the first real request pays for no lazy work."""
+        self.execute(inputs, None)
+
+    @abstractmethod
+    def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        """Run one batch and block until its outputs are in host memory.
+
+        `inputs`: C-contiguous arrays by name, absent optional inputs left out. They may be read-only views of received
+        messages and are the caller's again when this returns. `outputs`: names in the wanted order, None for all.
+        Returned arrays are C-contiguous and owned by the caller. BYTES are object arrays of bytes or str; BF16 is uint16.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back. Nothing of the session may survive in a reference, traceback or global."""
+
+
+def select_file(directory: Path, filename: str) -> Path:
+    """The artifact in a version directory; a directory of that name holds the file of the same name and its external data."""
+    path = directory / filename
+    return path / filename if path.is_dir() else path
+
+
+BackendRegistry = Mapping[str, type[Backend]]
+
+
+__all__ = ["Array", "ArtifactSignature", "Backend", "BackendRegistry", "select_file"]

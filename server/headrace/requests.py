@@ -1,0 +1,143 @@
+"""One inference request on its way through the server, and whoever waits for its answer. No rules here, only shapes.
+
+The path: bytes -> InferRequest (wire) -> Ticket (admitted to one version's batcher) -> bytes or an error (the Reply's outlet).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.errors import HeadraceError
+
+Parameter = bool | int | float | str
+Parameters = dict[str, Parameter]
+NO_PARAMETERS: Parameters = {}
+"""Shared by the many tensors that have none. Nobody writes to a Parameters after decoding."""
+
+TensorBytes = bytes | memoryview | NDArray[np.object_]
+"""A tensor's content: little-endian row-major bytes (a view of the received message where possible), or for BYTES a
+one-dimensional object array with one `bytes` an element."""
+
+
+class InputTensor:
+    __slots__ = ("data", "datatype", "name", "parameters", "shape")
+
+    def __init__(self, name: str, datatype: str, shape: tuple[int, ...], data: TensorBytes, parameters: Parameters = NO_PARAMETERS) -> None:
+        self.name = name
+        self.datatype = datatype
+        self.shape = shape
+        self.data = data
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        return f"InputTensor({self.name!r}, {self.datatype}, {self.shape}, {len(self.data)} bytes)"
+
+
+class RequestedOutput:
+    __slots__ = ("name", "parameters")
+
+    def __init__(self, name: str, parameters: Parameters = NO_PARAMETERS) -> None:
+        self.name = name
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        return f"RequestedOutput({self.name!r})"
+
+
+class InferRequest:
+    """A decoded ModelInfer message. `outputs` empty means all of them."""
+
+    __slots__ = ("id", "inputs", "model", "outputs", "parameters", "version")
+
+    def __init__(
+        self,
+        model: str,
+        version: str,
+        id: str,
+        inputs: Sequence[InputTensor],
+        outputs: Sequence[RequestedOutput] = (),
+        parameters: Parameters = NO_PARAMETERS,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.id = id
+        self.inputs = inputs
+        self.outputs = outputs
+        self.parameters = parameters
+
+    def __repr__(self) -> str:
+        return f"InferRequest({self.model}:{self.version or 'default'}, id={self.id!r}, {self.inputs!r})"
+
+
+Answer = bytes | HeadraceError
+
+
+class Outlet(Protocol):
+    """Where answers leave: one per transport, so that a whole batch costs one hop to it."""
+
+    def deliver(self, answers: Sequence[tuple[Reply, Answer]]) -> None:
+        """Called from any thread, exactly once for each reply; never raises and never blocks."""
+
+
+class Reply:
+    """Whoever waits for one answer. Transports subclass it with what they need to find the caller again.
+
+    `deadline` is on time.monotonic()'s clock, None where the call has none.
+    """
+
+    __slots__ = ("deadline", "outlet")
+
+    def __init__(self, outlet: Outlet, deadline: float | None = None) -> None:
+        self.outlet = outlet
+        self.deadline = deadline
+
+    def ok(self, message: bytes) -> None:
+        self.outlet.deliver([(self, message)])
+
+    def fail(self, error: HeadraceError) -> None:
+        self.outlet.deliver([(self, error)])
+
+
+class Ticket:
+    """One admitted request in one version's batcher, which owns it until it is settled.
+
+    `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
+    signature's order. Times are time.monotonic(): `arrived` when the message came, `enqueued` when the batcher took it,
+    `expires` when it is of no use any more (inf: never).
+    """
+
+    __slots__ = ("arrived", "enqueued", "expires", "id", "inputs", "is_settled", "is_taken", "key", "outputs", "priority", "reply", "rows")
+
+    def __init__(
+        self,
+        reply: Reply,
+        rows: int,
+        key: Hashable,
+        inputs: Sequence[InputTensor | None],
+        outputs: tuple[int, ...],
+        *,
+        id: str = "",
+        priority: int = 0,
+        expires: float = float("inf"),
+        arrived: float = 0.0,
+    ) -> None:
+        self.reply = reply
+        self.rows = rows
+        self.key = key
+        self.inputs = inputs
+        self.outputs = outputs
+        self.id = id
+        self.priority = priority
+        self.expires = expires
+        self.arrived = arrived
+        self.enqueued = 0.0
+        self.is_taken = False
+        self.is_settled = False
+
+    def __repr__(self) -> str:
+        state = "settled" if self.is_settled else "taken" if self.is_taken else "queued"
+        return f"Ticket({self.id!r}, rows={self.rows}, {state})"
