@@ -1,0 +1,202 @@
+"""The driver of one version's queue: admits tickets from any thread, hands batches to free instances, settles every ticket once.
+
+A ticket is settled by whoever takes it out of the queue, under the lock: `take` (then the worker that ran the batch settles
+it), `cancel`, `expire` or `close`. Since a ticket leaves the queue exactly once, it is settled exactly once, whatever races.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from headrace.batching.batch_queue import NEVER, BatchQueue
+from headrace.config import BatchingConfig
+from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.requests import Answer, Outlet, Reply, Ticket
+from headrace.telemetry.counters import CounterShard, FailureReason
+
+
+class Instance(Protocol):
+    """A free instance that can be woken. `wake` is called under the batcher's lock and must not block."""
+
+    def wake(self) -> None: ...
+
+
+class Timer(Protocol):
+    """Calls back at a monotonic time, from a thread of its choosing; a later call replaces an earlier one."""
+
+    def __call__(self, when: float, callback: Callable[[], None]) -> None: ...
+
+
+class Batcher:
+    """Owns the queue, the set of idle instances and the number of unsettled tickets of one version, all under one lock."""
+
+    def __init__(
+        self, name: str, config: BatchingConfig, *, clock: Callable[[], float], timer: Timer, shard: CounterShard
+    ) -> None:
+        self._name = name
+        self._delay = config.max_queue_delay
+        self._max_queue_rows = config.max_queue_size
+        self._queue = BatchQueue(max(config.max_batch_size or 1, 1), config.max_queue_size)
+        self._clock = clock
+        self._timer = timer
+        self._armed = NEVER
+        self._shard = shard
+        self._lock = threading.Lock()
+        self._idle: list[Instance] = []
+        self._unsettled = 0
+        self._is_open = True
+        self._closed_reason: HeadraceError = NotReady(f"{name} is not at ready state")
+        self._when_drained: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"Batcher({self._name}, {self._queue!r}, unsettled={self._unsettled}, idle={len(self._idle)}, open={self._is_open})"
+
+    @property
+    def pending_rows(self) -> int:
+        return self._queue.rows
+
+    @property
+    def unsettled(self) -> int:
+        """Tickets admitted and not yet answered: the leases on this version."""
+        return self._unsettled
+
+    def submit(self, ticket: Ticket) -> None:
+        """Admit a ticket. Raises QueueFull, DeadlineExceeded, QueueTimeout or NotReady; then nothing was kept."""
+        now = self._clock()
+        ticket.enqueued = now
+        with self._lock:
+            if not self._is_open:
+                raise self._closed_reason
+            if ticket.expires <= now:
+                self._shard.record_failure(FailureReason.REJECTED)
+                raise _expired(ticket, self._name)
+            if self._queue.is_full_for(ticket.rows):
+                self._shard.record_failure(FailureReason.REJECTED)
+                raise QueueFull(
+                    f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, got {ticket.rows} more"
+                )
+            self._queue.push(ticket)
+            self._unsettled += 1
+            if self._idle:
+                self._idle.pop().wake()
+            if ticket.expires < self._armed:
+                self._arm(ticket.expires)
+
+    def take(self, instance: Instance) -> tuple[list[Ticket], float]:
+        """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
+        now = self._clock()
+        with self._lock:
+            expired = self._queue.expire(now)
+            ready_at = self._ready_at()
+            tickets = self._queue.take() if ready_at <= now else []
+            if not tickets:
+                # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
+                if instance not in self._idle:
+                    self._idle.append(instance)
+            elif instance in self._idle:
+                self._idle.remove(instance)
+        self._fail_expired(expired)
+        return tickets, ready_at
+
+    def _ready_at(self) -> float:
+        if not self._queue.requests:
+            return NEVER
+        if not self._delay or not self._is_open or self._queue.is_batch_full():
+            return 0.0
+        return self._queue.oldest_enqueued() + self._delay
+
+    def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
+        """Deliver a taken batch's answers, one hop per outlet, and give the leases back."""
+        for ticket in tickets:
+            if ticket.is_settled:
+                raise AssertionError(f"{ticket!r} settled twice")
+            ticket.is_settled = True
+        deliver(tickets, answers)
+        self._release(len(tickets))
+
+    def cancel(self, ticket: Ticket) -> bool:
+        """The caller went away. True when the ticket was still queued; else its batch runs on and the answer is dropped."""
+        with self._lock:
+            if not self._queue.remove(ticket):
+                return False
+            self._shard.record_failure(FailureReason.CANCELED)
+            ticket.is_settled = True
+        deliver([ticket], [Cancelled("the caller cancelled the request")])
+        self._release(1)
+        return True
+
+    def expire(self) -> None:
+        """Answer whoever has waited past its time, also while every instance is busy. The timer's callback."""
+        with self._lock:
+            expired = self._queue.expire(self._clock())
+            self._arm(self._queue.next_expiry())
+        self._fail_expired(expired)
+
+    def _arm(self, when: float) -> None:
+        self._armed = when
+        if when != NEVER:
+            self._timer(when, self.expire)
+
+    def _fail_expired(self, expired: Sequence[Ticket]) -> None:
+        if expired:
+            with self._lock:
+                self._shard.record_failure(FailureReason.REJECTED, len(expired))
+            self.settle(expired, [_expired(ticket, self._name) for ticket in expired])
+
+    def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
+        """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""
+        with self._lock:
+            self._is_open = False
+            self._closed_reason = reason
+            self._when_drained = when_drained
+            is_drained = self._unsettled == 0
+            for instance in self._idle:
+                instance.wake()
+            self._idle.clear()
+        if is_drained:
+            self._report_drained()
+
+    def fail_queued(self, error: HeadraceError) -> int:
+        """Answer everything still queued with `error`, when the grace to run it is over. Returns how many."""
+        with self._lock:
+            tickets = self._queue.clear()
+            if tickets:
+                self._shard.record_failure(FailureReason.OTHER, len(tickets))
+        if tickets:
+            self.settle(tickets, [error] * len(tickets))
+        return len(tickets)
+
+    def _release(self, count: int) -> None:
+        with self._lock:
+            self._unsettled -= count
+            is_drained = self._unsettled == 0 and not self._is_open
+        if is_drained:
+            self._report_drained()
+
+    def _report_drained(self) -> None:
+        with self._lock:
+            callback, self._when_drained = self._when_drained, None
+        if callback is not None:
+            callback()
+
+
+def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
+    outlet = tickets[0].reply.outlet
+    pairs = [(ticket.reply, answer) for ticket, answer in zip(tickets, answers, strict=True)]
+    if all(reply.outlet is outlet for reply, _ in pairs):
+        outlet.deliver(pairs)
+        return
+    by_outlet: dict[int, tuple[Outlet, list[tuple[Reply, Answer]]]] = {}
+    for pair in pairs:
+        by_outlet.setdefault(id(pair[0].outlet), (pair[0].outlet, []))[1].append(pair)
+    for other, group in by_outlet.values():
+        other.deliver(group)
+
+
+def _expired(ticket: Ticket, name: str) -> HeadraceError:
+    deadline = ticket.reply.deadline
+    if deadline is not None and deadline <= ticket.expires:
+        return DeadlineExceeded(f"the call's deadline passed while the request was queued for {name}")
+    return QueueTimeout(f"Request timeout expired while the request was queued for {name}")
