@@ -86,14 +86,16 @@ class Outlet(Protocol):
 class Reply:
     """Whoever waits for one answer. Transports subclass it with what they need to find the caller again.
 
-    `deadline` is on time.monotonic()'s clock, None where the call has none.
+    `deadline` is on time.monotonic()'s clock, None where the call has none. `ticket` is set once the request is admitted, so
+    that a caller who goes away can be found in the queue.
     """
 
-    __slots__ = ("deadline", "outlet")
+    __slots__ = ("deadline", "outlet", "ticket")
 
     def __init__(self, outlet: Outlet, deadline: float | None = None) -> None:
         self.outlet = outlet
         self.deadline = deadline
+        self.ticket: Ticket | None = None
 
     def ok(self, message: bytes) -> None:
         self.outlet.deliver([(self, message)])

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import queue
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -28,8 +31,7 @@ class Encoder(Protocol):
 class BatchRunner:
     """Runs one batch start to end on the calling thread. Owns nothing that changes."""
 
-    def __init__(self, backend: Backend, signature: Signature, encoder: Encoder, allowed: Sequence[int], shard: CounterShard, name: str) -> None:
-        self._backend = backend
+    def __init__(self, name: str, signature: Signature, encoder: Encoder, allowed: Sequence[int], shard: CounterShard) -> None:
         self._signature = signature
         self._encoder = encoder
         self._allowed = allowed
@@ -37,26 +39,25 @@ class BatchRunner:
         self._name = name
         self._output_names = [spec.name for spec in signature.outputs]
 
-    def run(self, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
+    def run(self, backend: Backend, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
         """One answer a ticket. A failure of the model fails exactly this batch; one request's oversized answer only itself."""
         try:
-            return self._run(tickets, taken)
+            return self._run(backend, tickets, taken)
         except HeadraceError as error:
             self._shard.record_failure(FailureReason.BACKEND, len(tickets))
             return [error.with_traceback(None)] * len(tickets)
-        except Exception as error:
+        except Exception:
             log.exception("batch failed", version=self._name, request_ids=[t.id for t in tickets if t.id][:8], requests=len(tickets))
             self._shard.record_failure(FailureReason.OTHER, len(tickets))
-            del error
             return [BackendError(f"{self._name} failed to run the request; the server's log has the reason")] * len(tickets)
 
-    def _run(self, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
+    def _run(self, backend: Backend, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
         rows = sum([ticket.rows for ticket in tickets])
         padded = padded_size(rows, self._allowed) if self._allowed else rows
         inputs = gather(self._signature, tickets, padded)
         wanted = union_outputs(tickets)
         input_done = time.monotonic()
-        arrays = self._backend.execute(inputs, [self._output_names[index] for index in wanted])
+        arrays = backend.execute(inputs, [self._output_names[index] for index in wanted])
         output_start = time.monotonic()
         self._check_rows(arrays, wanted, padded)
         answers = self._encode(tickets, wanted, arrays)
@@ -99,46 +100,83 @@ class BatchRunner:
         return answers
 
 
+@dataclass(frozen=True, slots=True)
+class WarmUp:
+    """Seconds of one run by batch rows, the shortest seen; `failure` is why synthesised inputs could not be run, or empty."""
+
+    seconds: Mapping[int, float]
+    failure: str = ""
+
+
 class Worker:
     """A thread and the instance that lives on it. Owns the doorbell and the stop flag; the backend belongs to the thread."""
 
     def __init__(self, name: str, backend: Backend) -> None:
         self.name = name
-        self.backend = backend
-        self._doorbell = threading.Semaphore(0)
+        self._backend = backend
+        self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_stopping = False
+        self._work: tuple[Batcher, BatchRunner] | None = None
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"Worker({self.name}, alive={self._thread is not None and self._thread.is_alive()})"
 
-    def wake(self) -> None:
-        self._doorbell.release()
-
-    def start(self, batcher: Batcher, runner: BatchRunner) -> None:
-        self._thread = threading.Thread(target=self._serve, args=(batcher, runner), name=self.name, daemon=True)
+    def prepare(self, warm_up: Callable[[Backend], WarmUp]) -> Future[WarmUp]:
+        """Start the thread, load and warm there. After a failure the backend is closed and the thread gone."""
+        ready: Future[WarmUp] = Future()
+        self._thread = threading.Thread(target=self._main, args=(ready, warm_up), name=self.name, daemon=True)
         self._thread.start()
+        return ready
+
+    def serve(self, batcher: Batcher, runner: BatchRunner) -> None:
+        """Begin to pull batches. Called once, after `prepare` succeeded."""
+        self._work = (batcher, runner)
+        self._doorbell.put(None)
+
+    def wake(self) -> None:
+        self._doorbell.put(None)
 
     def stop(self) -> None:
         """Let the thread end after its present batch and close the backend there. Returns at once; `join` waits."""
         self._is_stopping = True
-        self._doorbell.release()
+        self._doorbell.put(None)
 
     def join(self, timeout: float | None = None) -> bool:
-        if self._thread is not None:
-            self._thread.join(timeout)
-            return not self._thread.is_alive()
-        return True
+        """Wait for the thread to end; False when it has not within `timeout`."""
+        if self._thread is None:
+            return True
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
-    def _serve(self, batcher: Batcher, runner: BatchRunner) -> None:
+    def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
+        backend = self._backend
+        del self._backend  # the thread's local is the only reference, so that close() really frees the session
+        try:
+            backend.load()
+            ready.set_result(warm_up(backend))
+        except Exception as error:
+            ready.set_exception(error)
+        else:
+            self._doorbell.get()
+            if self._work is not None:
+                batcher, runner = self._work
+                self._work = None
+                self._pull(backend, batcher, runner)
+        finally:
+            backend.close()
+
+    def _pull(self, backend: Backend, batcher: Batcher, runner: BatchRunner) -> None:
         while not self._is_stopping:
             tickets, until = batcher.take(self)
             if tickets:
-                batcher.settle(tickets, runner.run(tickets, time.monotonic()))
+                batcher.settle(tickets, runner.run(backend, tickets, time.monotonic()))
                 del tickets
-            elif until == NEVER:
-                self._doorbell.acquire()
             else:
-                self._doorbell.acquire(timeout=max(until - time.monotonic(), 0.0))
-        self.backend.close()
+                self._wait(until)
 
+    def _wait(self, until: float) -> None:
+        try:
+            self._doorbell.get(timeout=None if until == NEVER else max(until - time.monotonic(), 0.0))
+        except queue.Empty:
+            pass

@@ -84,6 +84,11 @@ class Batcher:
             if ticket.expires < self._armed:
                 self._arm(ticket.expires)
 
+    def count_failure(self, reason: FailureReason) -> None:
+        """For requests refused before they became tickets; the shard has one writer at a time, hence the lock."""
+        with self._lock:
+            self._shard.record_failure(reason)
+
     def take(self, instance: Instance) -> tuple[list[Ticket], float]:
         """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
         now = self._clock()

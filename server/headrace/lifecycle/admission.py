@@ -1,0 +1,63 @@
+"""From a request and its call to a ticket: validation, priority and the time after which nobody wants the answer. Pure."""
+
+from __future__ import annotations
+
+from headrace.config import BatchingConfig
+from headrace.errors import InvalidRequest
+from headrace.requests import InferRequest, Parameters, Reply, Ticket
+from headrace.signature import Signature
+
+NEVER = float("inf")
+_KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "triton_final_response"})
+
+
+def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRequest, reply: Reply, arrived: float) -> Ticket:
+    """Raises InvalidRequest. `arrived` and the reply's deadline are on one monotonic clock."""
+    admission = signature.validate(request)
+    priority = batching.default_priority_level
+    expires = reply.deadline if reply.deadline is not None else NEVER
+    timeout = batching.default_timeout
+    if request.parameters:
+        _check_reserved(request.parameters)
+        priority = _priority(request.parameters, batching)
+        timeout = _timeout(request.parameters, batching)
+    if timeout:
+        expires = min(expires, arrived + timeout)
+    return Ticket(
+        reply,
+        admission.rows,
+        admission.key,
+        admission.inputs,
+        admission.output_indexes,
+        id=request.id,
+        priority=priority,
+        expires=expires,
+        arrived=arrived,
+    )
+
+
+def _check_reserved(parameters: Parameters) -> None:
+    for name in parameters:
+        if name.startswith("triton_") and name not in _KNOWN_TRITON_PARAMETERS:
+            raise InvalidRequest(f"parameter '{name}' uses the reserved prefix 'triton_'; expected none or a parameter the protocol defines")
+
+
+def _priority(parameters: Parameters, batching: BatchingConfig) -> int:
+    """1 is the most urgent; 0 and anything beyond the levels mean the default (Triton's rule)."""
+    given = parameters.get("priority", 0)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise InvalidRequest(f"parameter 'priority': expected an integer >= 0, got {given!r}")
+    return given if 0 < given <= batching.priority_levels else batching.default_priority_level
+
+
+def _timeout(parameters: Parameters, batching: BatchingConfig) -> float:
+    """The `timeout` parameter in microseconds lowers the model's default; without a default it stands alone.
+
+    Triton ignores it where the model has no default timeout; its users keep asking why (server issue 7532).
+    """
+    given = parameters.get("timeout", 0)
+    if isinstance(given, bool) or not isinstance(given, int) or given < 0:
+        raise InvalidRequest(f"parameter 'timeout': expected microseconds as an integer >= 0, got {given!r}")
+    if not given or not batching.allow_timeout_override:
+        return batching.default_timeout
+    return min(given / 1e6, batching.default_timeout or NEVER)

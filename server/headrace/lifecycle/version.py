@@ -1,0 +1,231 @@
+"""One model version's life: from a directory to live instances, and back to nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.worker import BatchRunner, WarmUp, Worker
+from headrace.batching.batcher import Batcher, Timer
+from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
+from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.effective import EffectiveModel, resolve_model
+from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, warm_up
+from headrace.requests import InferRequest, Reply
+from headrace.signature import Signature
+from headrace.telemetry.counters import FailureReason, VersionCounters
+from headrace.wire.codec import ResponseEncoder
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class ModelVersion:
+    """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit` and `cancel`: any thread."""
+
+    def __init__(
+        self,
+        model: str,
+        version: int,
+        *,
+        timer: Callable[[], Timer],
+        on_change: Callable[[ModelVersion], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model = model
+        self.version = version
+        self.state = VersionState.DISCOVERED
+        self.reason = ""
+        self.effective: EffectiveModel | None = None
+        self.counters = VersionCounters(0)
+        self.latencies: dict[int, float] = {}
+        self.load_seconds = 0.0
+        self._timer = timer
+        self._on_change = on_change
+        self._clock = clock
+        self._batcher: Batcher | None = None
+        self._workers: list[Worker] = []
+
+    def __repr__(self) -> str:
+        return f"ModelVersion({self.model}:{self.version}, {self.state.value}, {self._batcher!r})"
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.version}"
+
+    @property
+    def signature(self) -> Signature | None:
+        return self.effective.signature if self.effective else None
+
+    @property
+    def is_live(self) -> bool:
+        return self.state is VersionState.LIVE
+
+    @property
+    def pending_rows(self) -> int:
+        return self._batcher.pending_rows if self._batcher else 0
+
+    def move(self, state: VersionState, reason: str = "") -> None:
+        """The only place where the state changes."""
+        check_move(self.state, state)
+        self.state = state
+        self.reason = reason
+        self._on_change(self)
+
+    # -- serving: any thread -------------------------------------------------------------------------------------------
+
+    def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        batcher, effective = self._batcher, self.effective
+        if batcher is None or effective is None:
+            raise NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
+        try:
+            ticket = make_ticket(effective.signature, effective.batching, request, reply, arrived)
+        except InvalidRequest:
+            batcher.count_failure(FailureReason.OTHER)
+            raise
+        reply.ticket = ticket
+        batcher.submit(ticket)
+
+    def cancel(self, reply: Reply) -> None:
+        if self._batcher is not None and reply.ticket is not None:
+            self._batcher.cancel(reply.ticket)
+
+    # -- life: the event loop ------------------------------------------------------------------------------------------
+
+    async def load(self, model_directory: Path, version_directory: Path, backends: BackendRegistry) -> None:
+        """From DISCOVERED to LIVE or FAILED; never raises for a fault of the artifact or its configuration."""
+        began = time.monotonic()
+        try:
+            self.move(VersionState.FETCHING)
+            self.move(VersionState.VERIFYING)
+            effective = await asyncio.to_thread(resolve_model, model_directory, version_directory, backends)
+            self.move(VersionState.LOADING)
+            await self._load(effective, version_directory, backends[effective.backend])
+        except HeadraceError as error:
+            self._fail(str(error))
+            return
+        except Exception:
+            log.exception("version failed to load", model=self.model, version=self.version)
+            self._fail("internal error while loading; the server's log has the reason")
+            return
+        self.load_seconds = time.monotonic() - began
+        self.move(VersionState.LIVE)
+        self._log_live()
+
+    def _fail(self, reason: str) -> None:
+        self.move(VersionState.FAILED, reason)
+        log.error("version failed", model=self.model, version=self.version, reason=reason)
+
+    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend]) -> None:
+        try:
+            warm = await self._start_workers(effective, directory, backend)
+        except BatchAxisError as error:
+            effective = without_batching(effective, str(error))
+            warm = await self._start_workers(effective, directory, backend)
+        if warm.failure:
+            log.warning("version not warmed up", model=self.model, version=self.version, reason=warm.failure)
+        self.latencies = dict(warm.seconds)
+        self.effective = effective
+        self._open(effective)
+
+    async def _start_workers(self, effective: EffectiveModel, directory: Path, backend: type[Backend]) -> WarmUp:
+        path = select_file(directory, effective.filename)
+        sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
+        runs = effective.config.warmup_runs
+        workers = [Worker(f"{self.name}#{i}", backend(path, effective.instances)) for i in range(effective.instances.count)]
+        if self.state is VersionState.LOADING:
+            self.move(VersionState.WARMING)
+        ready = [asyncio.wrap_future(w.prepare(lambda b: warm_up(b, effective.signature, sizes, runs))) for w in workers]
+        results = await asyncio.gather(*ready, return_exceptions=True)
+        errors = [result for result in results if isinstance(result, BaseException)]
+        if errors:
+            await stop_workers(workers)
+            raise errors[0].with_traceback(None)
+        self._workers = workers
+        return next(result for result in results if isinstance(result, WarmUp))
+
+    def _open(self, effective: EffectiveModel) -> None:
+        counters = VersionCounters(effective.signature.max_batch_size)
+        self.counters = counters
+        encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
+        batcher = Batcher(self.name, effective.batching, clock=self._clock, timer=self._timer(), shard=counters.shard())
+        allowed = effective.batching.allowed_batch_sizes
+        for worker in self._workers:
+            worker.serve(batcher, BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard()))
+        self._batcher = batcher
+
+    def _log_live(self) -> None:
+        assert self.effective is not None
+        for note in self.effective.notes:
+            log.info("version noted", model=self.model, version=self.version, note=note)
+        log.info(
+            "version live",
+            model=self.model,
+            version=self.version,
+            backend=self.effective.backend,
+            max_batch_size=self.effective.signature.max_batch_size,
+            instances=self.effective.instances.count,
+            seconds=round(self.load_seconds, 3),
+        )
+
+    async def unload(self, grace: float, reason: str = "unloaded") -> None:
+        """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
+        if self.state is VersionState.LIVE:
+            self.move(VersionState.DRAINING, reason)
+            await self._drain(grace)
+            self.move(VersionState.UNLOADING, reason)
+        elif self.state is VersionState.FAILED:
+            self.move(VersionState.UNLOADED, self.reason)
+            return
+        else:
+            return
+        await stop_workers(self._workers)
+        self._workers = []
+        self._batcher = None
+        self.move(VersionState.UNLOADED, reason)
+        log.info("version unloaded", model=self.model, version=self.version, reason=reason)
+
+    async def _drain(self, grace: float) -> None:
+        assert self._batcher is not None
+        loop = asyncio.get_running_loop()
+        drained = asyncio.Event()
+        error = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
+        self._batcher.stop_admitting(error, lambda: loop.call_soon_threadsafe(drained.set))
+        try:
+            async with asyncio.timeout(grace):
+                await drained.wait()
+        except TimeoutError:
+            count = self._batcher.fail_queued(NotReady(f"{self.name} was unloaded before the request could run"))
+            log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
+
+
+async def stop_workers(workers: list[Worker]) -> None:
+    for worker in workers:
+        worker.stop()
+    for worker in workers:
+        if not await asyncio.to_thread(worker.join, 30.0):
+            log.error("worker did not end", worker=worker.name, seconds=30.0)
+
+
+def without_batching(effective: EffectiveModel, found: str) -> EffectiveModel:
+    """The same model with literal shapes, when a run has shown that its free first dimension is no batch dimension.
+
+    Raises LoadError when batching was asked for by configuration: then the configuration is wrong, not our guess.
+    """
+    origin = effective.provenance.get("max_batch_size", "")
+    if effective.config.batching.max_batch_size:
+        raise LoadError(f"max_batch_size {effective.config.batching.max_batch_size} ({origin}) cannot be right: {found}")
+    note = f"not batched: {found}, so the free first dimension is no batch dimension"
+    return dataclasses.replace(
+        effective,
+        signature=dataclasses.replace(effective.signature, max_batch_size=0),
+        batching=dataclasses.replace(effective.batching, max_batch_size=0, allowed_batch_sizes=()),
+        provenance={**effective.provenance, "max_batch_size": "found by running a batch of 2"},
+        notes=(*effective.notes, note),
+    )
