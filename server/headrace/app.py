@@ -1,0 +1,144 @@
+"""Builds a server from a Config, starts it in order and stops it in the reverse order. The only module that knows every part."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable
+from importlib.metadata import version as package_version
+
+import structlog
+import uvloop
+
+from headrace.backends.registry import load_backends
+from headrace.config import ServerConfig
+from headrace.errors import ConfigError
+from headrace.http.server import HttpServer
+from headrace.lifecycle.manager import ModelManager, WantedVersion
+from headrace.lifecycle.policy import select_versions
+from headrace.rpc.inference import InferenceService
+from headrace.rpc.transports.base import Transport
+from headrace.rpc.transports.grpcio import GrpcioTransport
+from headrace.sources.directory import DirectorySource
+from headrace.telemetry.metrics import make_registry
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class LoopTimer:
+    """A batching.batcher.Timer on an event loop, callable from any thread. Owns one pending callback."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._thread = threading.get_ident()
+        self._handle: asyncio.TimerHandle | None = None
+
+    def __call__(self, when: float, callback: Callable[[], None]) -> None:
+        if threading.get_ident() == self._thread:
+            self._set(when, callback)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._set, when, callback)
+
+    def _set(self, when: float, callback: Callable[[], None]) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle = self._loop.call_later(max(when - time.monotonic(), 0.0), callback)
+
+
+class Server:
+    """One running server. `start` binds and loads; `stop` drains and closes; both may be called once."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        self.config = config
+        loop = asyncio.get_running_loop()
+        self.models = ModelManager(load_backends(), lambda: LoopTimer(loop), load_concurrency=config.load_threads)
+        self.service = InferenceService(self.models, server_name=config.server_name, server_version=package_version("headrace"))
+        self.transport: Transport = GrpcioTransport(self.service, self.models, config)
+        self.http: HttpServer | None = None
+        self.grpc_addresses: list[str] = []
+        self.http_address = ""
+
+    async def start(self) -> None:
+        """Sockets first, so that liveness can be probed while models load; ready once every wanted version is live."""
+        if self.config.http:
+            self.http = HttpServer(self.config.http, self.models, make_registry(lambda: self.models.find("", "")))
+            self.http_address = await self.http.start()
+        self.grpc_addresses = await self.transport.start()
+        log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
+        await self._load()
+
+    async def _load(self) -> None:
+        wanted: list[WantedVersion] = []
+        errors: dict[str, str] = {}
+        for uri in self.config.models:
+            listing = await DirectorySource(uri).list()
+            errors.update(listing.errors)
+            for model in listing.models.values():
+                taken = [want for want in wanted if want.model == model.name]
+                if taken:
+                    raise ConfigError(
+                        f"model '{model.name}' is in two repositories: {taken[0].model_directory} and {model.directory}; expected one"
+                    )
+                for number in select_versions(list(model.versions), model.version_policy):
+                    wanted.append(WantedVersion(model.name, number, model.directory, model.versions[number].directory))
+        await self.models.load_all(wanted, errors)
+        # What is loaded now stays for long: out of the collector's way, which otherwise scans it on every full collection.
+        gc.collect()
+        gc.freeze()
+        log.info("server ready" if self.models.is_ready else "server not ready", models=len({want.model for want in wanted}))
+
+    async def stop(self) -> None:
+        """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
+        grace = self.config.shutdown_grace
+        self.models.refuse_new_requests()
+        await self.transport.stop_accepting(grace)
+        await self.models.stop(grace)
+        await self.transport.stop()
+        if self.http is not None:
+            await self.http.stop()
+        log.info("server stopped")
+
+
+async def serve(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM; a second signal ends the process at once with status 1."""
+    loop = asyncio.get_running_loop()
+    stopping = asyncio.Event()
+
+    def on_signal() -> None:
+        if stopping.is_set():
+            log.warning("shutdown forced")
+            sys.stderr.flush()
+            # Not sys.exit: worker threads may be inside a model for minutes, and the operator has asked twice.
+            import os
+
+            os._exit(1)
+        log.info("server stopping", grace=config.shutdown_grace)
+        stopping.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, on_signal)
+    server = Server(config)
+    try:
+        start = asyncio.ensure_future(server.start())
+        stop = asyncio.ensure_future(stopping.wait())
+        await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if start.done():
+            start.result()
+            if started is not None:
+                started(server)
+            await stop
+        else:
+            start.cancel()
+    finally:
+        await server.stop()
+    return 0
+
+
+def run(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:
+    """The command `headrace serve`: an event loop of its own, until a signal. Returns the exit code."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(serve(config, started))
