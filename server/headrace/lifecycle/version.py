@@ -43,7 +43,7 @@ class ModelVersion:
         self.state = VersionState.DISCOVERED
         self.reason = ""
         self.effective: EffectiveModel | None = None
-        self.counters = VersionCounters(0)
+        self.counters = VersionCounters()
         self.latencies: dict[int, float] = {}
         self.load_seconds = 0.0
         self._timer = timer
@@ -151,7 +151,7 @@ class ModelVersion:
         return next(result for result in results if isinstance(result, WarmUp))
 
     def _open(self, effective: EffectiveModel) -> None:
-        counters = VersionCounters(effective.signature.max_batch_size)
+        counters = VersionCounters()
         self.counters = counters
         encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
         batcher = Batcher(self.name, effective.batching, clock=self._clock, timer=self._timer(), shard=counters.shard())

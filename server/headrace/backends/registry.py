@@ -1,0 +1,23 @@
+"""Backends by name, through entry points, so that other packages can add theirs."""
+
+from __future__ import annotations
+
+from importlib.metadata import entry_points
+
+import structlog
+
+from headrace.backends.base import Backend
+
+log = structlog.stdlib.get_logger(__name__)
+GROUP = "headrace.backends"
+
+
+def load_backends() -> dict[str, type[Backend]]:
+    """Every backend that imports; one that does not is logged and left out, so that it cannot stop the others."""
+    backends: dict[str, type[Backend]] = {}
+    for entry in entry_points(group=GROUP):
+        try:
+            backends[entry.name] = entry.load()
+        except Exception as error:
+            log.error("backend not importable", backend=entry.name, reason=str(error))
+    return backends
