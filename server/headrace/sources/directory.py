@@ -1,0 +1,82 @@
+"""Models in a local directory: DIR/<model>/<version>/model.onnx, or DIR/<version>/model.onnx for a single one."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import structlog
+
+from headrace.errors import ConfigError, HeadraceError
+from headrace.lifecycle.model_files import load_model_config
+from headrace.sources.base import Listing, ModelRef, Source, VersionRef
+
+log = structlog.stdlib.get_logger(__name__)
+
+
+class DirectorySource(Source):
+    """Reads the file system in a thread, and keeps nothing but which odd names it has already warned of."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._root = Path(uri.removeprefix("file://")).expanduser()
+        self._warned: set[Path] = set()
+
+    async def list(self) -> Listing:
+        return await asyncio.to_thread(self._list)
+
+    def _list(self) -> Listing:
+        if not self._root.is_dir():
+            raise ConfigError(f"model repository {self.uri!r}: expected a directory, found {'a file' if self._root.exists() else 'nothing'}")
+        models: dict[str, ModelRef] = {}
+        errors: dict[str, str] = {}
+        for directory in self._model_directories():
+            name = directory.resolve().name
+            try:
+                models[name] = self._read_model(name, directory)
+            except HeadraceError as error:
+                errors[name] = str(error)
+        return Listing(models, errors)
+
+    def _model_directories(self) -> Iterator[Path]:
+        if any(is_version_name(child.name) and child.is_dir() for child in self._root.iterdir()):
+            yield self._root
+            return
+        for child in sorted(self._root.iterdir()):
+            if child.is_dir() and not _is_hidden(child.name):
+                yield child
+
+    def _read_model(self, name: str, directory: Path) -> ModelRef:
+        config = load_model_config(directory, name)
+        versions: dict[int, VersionRef] = {}
+        for child in sorted(directory.iterdir()):
+            if _is_hidden(child.name) or not child.is_dir():
+                continue
+            if is_version_name(child.name):
+                versions[int(child.name)] = VersionRef(child, _token(child))
+            elif child not in self._warned and child.name not in ("configs", "warmup", "initial_state"):
+                self._warned.add(child)
+                log.warning("directory ignored", model=name, directory=child.name, expected="a version number without leading zeros")
+        if not versions:
+            raise ConfigError(f"model '{name}' has no version: expected a directory such as {name}/1 with a model file in it")
+        return ModelRef(name, directory, versions, config.version_policy)
+
+
+def is_version_name(name: str) -> bool:
+    return name.isascii() and name.isdigit() and (name == "0" or not name.startswith("0"))
+
+
+def _is_hidden(name: str) -> bool:
+    """Dot and underscore names are staging areas, Kubernetes' ..data, caches: never a model and never a version."""
+    return name.startswith((".", "_"))
+
+
+def _token(directory: Path) -> str:
+    """Changes when a file is added, removed, replaced or rewritten; reads no content."""
+    digest = hashlib.sha256()
+    for path in sorted(directory.rglob("*")):
+        stat = path.stat()
+        digest.update(f"{path.relative_to(directory)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())
+    return digest.hexdigest()[:16]
