@@ -1,55 +1,109 @@
 """Everything that can be configured, frozen, with its default and the reason for it.
 
 Sections are handed down one by one; nobody but app.py sees the whole. Inside, seconds are float and sizes are bytes; files,
-flags and environment variables carry the unit in the key (`max_queue_delay_ms`).
+flags and environment variables carry the unit in the key (`max_queue_delay_ms`). How they are read: config_loading.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+from headrace.errors import ConfigError
+
+INT32_MAX = 2**31 - 1
+
+
+def _option(default: Any, doc: str, *, key: str = "", flag: str = "", scale: float = 1, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+    """A field with what its documentation, environment variable and flag are made from. `scale`: file value × scale = ours."""
+    metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """headrace.toml, HEADRACE_… and the flags of `headrace serve`; each option has all three."""
+
+    models: tuple[str, ...] = _option((), "Model repositories: directories of <model>/<version>/<file>.")
+    grpc: tuple[str, ...] = _option(
+        ("127.0.0.1:8001",), "gRPC listeners, HOST:PORT or unix:PATH. Loopback by default: nothing is exposed that nobody asked for."
+    )
+    http: str = _option("127.0.0.1:8002", "HOST:PORT of metrics and health; empty: off.")
+    transport: str = _option("auto", "The gRPC implementation.", choices=("auto", "grpcio"))
+    model_control: str = _option("none", "What changes the set of models at run time; none: what is there at start.", choices=("none",))
+    server_name: str = _option("triton", "`name` in ServerMetadata. Existing clients and their examples assert 'triton'.")
+    log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
+    log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))
+    access_log: bool = _option(False, "One log line per request. Off: it costs about as much as a small request.")
+    shutdown_grace: float = _option(30.0, "How long a stopping server finishes what it has admitted.", key="shutdown_grace_s", minimum=0)
+    max_message_bytes: int = _option(INT32_MAX, "Largest message either way; the protocol's clients allow this much.", minimum=1024)
+    tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
+    tls_key: str = _option("", "PEM file of the certificate's private key.")
+    tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")
+    load_threads: int = _option(2, "Versions that load at the same time.", minimum=1)
+
+    def __post_init__(self) -> None:
+        for listener in self.grpc:
+            check_listener("grpc", listener)
+        if self.http:
+            check_listener("http", self.http)
+        if bool(self.tls_certificate) != bool(self.tls_key):
+            raise ConfigError("tls_certificate and tls_key: expected both or neither")
+        if self.tls_client_ca and not self.tls_certificate:
+            raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
+
+
+def check_listener(name: str, listener: str) -> None:
+    if listener.startswith("unix:") and name == "grpc":
+        if not listener.removeprefix("unix:"):
+            raise ConfigError(f"{name}: expected a path after 'unix:', got {listener!r}")
+        return
+    host, separator, port = listener.rpartition(":")
+    if not (separator and host and port.isdigit() and int(port) < 65536):
+        raise ConfigError(f"{name}: expected HOST:PORT{' or unix:PATH' if name == 'grpc' else ''}, got {listener!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class BatchingConfig:
     """Who runs together. All counts are rows, not requests, so that one large request counts as what it costs."""
 
-    max_batch_size: int | None = None
-    """None: inferred from the artifact; 0: shapes are literal and nothing is batched."""
-    max_queue_delay: float = 0.0
-    """0: a free instance runs what is there. Waiting on an idle device only adds latency."""
-    max_queue_size: int = 4096
-    """Rows; beyond it requests are refused at once. 0: unbounded."""
-    allowed_batch_sizes: tuple[int, ...] = ()
-    """Ascending; batches are padded up to the next. Empty: any size up to max_batch_size."""
-    priority_levels: int = 0
-    default_priority_level: int = 0
-    default_timeout: float = 0.0
-    """A request that has not started by then is refused. 0: never."""
-    allow_timeout_override: bool = True
+    max_batch_size: int | None = _option(None, "Rows; left out: inferred from the artifact; 0: shapes are literal and nothing is batched.", minimum=0)
+    max_queue_delay: float = _option(
+        0.0, "How long a free instance waits for a batch to fill. 0: it runs what is there; waiting on an idle device only adds latency.",
+        key="max_queue_delay_ms", scale=1e-3, minimum=0,
+    )  # fmt: skip
+    max_queue_size: int = _option(4096, "Rows that may wait; beyond it requests are refused at once. 0: unbounded.", minimum=0)
+    allowed_batch_sizes: tuple[int, ...] = _option((), "Ascending, the last is max_batch_size; batches are padded up to the next. Empty: any size.", minimum=1)
+    priority_levels: int = _option(0, "Levels that the `priority` parameter may name, 1 the most urgent. 0: it is ignored.", minimum=0)
+    default_priority_level: int = _option(0, "The level of requests that name none; 0: the middle one.", minimum=0)
+    default_timeout: float = _option(0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0)
+    allow_timeout_override: bool = _option(True, "Whether a request's `timeout` parameter may lower it.")
+
+    def __post_init__(self) -> None:
+        if self.default_priority_level > self.priority_levels:
+            raise ConfigError(f"default_priority_level: expected at most priority_levels {self.priority_levels}, got {self.default_priority_level}")
+        if self.priority_levels and not self.default_priority_level:
+            object.__setattr__(self, "default_priority_level", (self.priority_levels + 1) // 2)
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    count: int = 1
-    device: str = "auto"
-    """auto | cpu | cuda | cuda:N"""
-    threads: int = 0
-    """Intra-op threads of one instance; 0: the cores divided by the instances of this model."""
-    options: Mapping[str, str] = field(default_factory=dict)
-    """The backend's own options, by its own names."""
+    count: int = _option(1, "Loaded copies that run batches side by side.", minimum=1)
+    device: str = _option("auto", "auto | cpu.", choices=("auto", "cpu"))
+    threads: int = _option(0, "Threads of one instance; 0: the cores divided by the instances of this model.", minimum=0)
+    options: Mapping[str, str] = field(default_factory=dict, metadata={"doc": "The backend's own options, by its own names."})
 
 
 @dataclass(frozen=True, slots=True)
 class TensorConfig:
-    """An override for one tensor. Only what is set replaces what the artifact says. Shape without the batch dimension."""
+    """An override for one tensor; what is left out is as the artifact says."""
 
-    name: str
-    datatype: str | None = None
-    shape: tuple[int, ...] | None = None
-    optional: bool | None = None
-    labels: str | None = None
-    """File of class names beside model.toml, one per line."""
+    name: str = _option("", "The tensor's name in the artifact.")
+    datatype: str | None = _option(None, "Checked against the artifact's, e.g. FP32.")
+    shape: tuple[int, ...] | None = _option(None, "Without the batch dimension; may only set dimensions that the artifact leaves free.", minimum=-1)
+    optional: bool | None = _option(None, "Whether requests may leave the input out.")
+    labels: str | None = _option(None, "File of class names beside model.toml, one a line (outputs only).")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +111,14 @@ class ModelConfig:
     """model.toml, or what of a config.pbtxt it corresponds to. `provenance`: dotted key -> the file that set it."""
 
     name: str
-    backend: str | None = None
-    filename: str | None = None
+    backend: str | None = _option(None, "Left out: chosen by the file found, model.onnx means onnxruntime.")
+    filename: str | None = _option(None, "The artifact in a version directory; left out: the backend's default.")
     batching: BatchingConfig = BatchingConfig()
     instances: InstanceConfig = InstanceConfig()
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()
-    version_policy: str = "latest:1"
-    """latest:N | all | comma-separated version numbers"""
-    warmup_runs: int = 5
-    """Runs per allowed batch size before a version goes live."""
-    parameters: Mapping[str, str] = field(default_factory=dict)
-    """Free key-value pairs, passed through to clients in ModelConfig."""
+    version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
+    warmup_runs: int = _option(3, "Runs of every batch size before a version goes live. 0: none.", minimum=0)
+    parameters: Mapping[str, str] = field(default_factory=dict, metadata={"doc": "Free key-value pairs, shown to clients in ModelConfig."})
+    notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from pathlib import Path
 from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError, LoadError
-from headrace.lifecycle.model_files import load_labels, load_model_config
+from headrace.model_files import load_labels, load_model_config
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 
 DEFAULT_MAX_BATCH_SIZE = 64

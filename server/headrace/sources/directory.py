@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from headrace.errors import ConfigError, HeadraceError
-from headrace.lifecycle.model_files import load_model_config
+from headrace.model_files import load_model_config
 from headrace.sources.base import Listing, ModelRef, Source, VersionRef
 
 log = structlog.stdlib.get_logger(__name__)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from headrace.config import ModelConfig, load_model_toml
+from headrace.config import ModelConfig
+from headrace.config_loading import load_model_toml
 from headrace.errors import ConfigError
 from headrace.wire.config_pbtxt import parse_config_pbtxt
 

@@ -1,0 +1,3 @@
+"""Headrace: a high-performance model inference server."""
+
+__version__ = "0.1.0"
