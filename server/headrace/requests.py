@@ -5,7 +5,7 @@ The path: bytes -> InferRequest (wire) -> Ticket (admitted to one version's batc
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -86,16 +86,17 @@ class Outlet(Protocol):
 class Reply:
     """Whoever waits for one answer. Transports subclass it with what they need to find the caller again.
 
-    `deadline` is on time.monotonic()'s clock, None where the call has none. `ticket` is set once the request is admitted, so
-    that a caller who goes away can be found in the queue.
+    `deadline` is on time.monotonic()'s clock, None where the call has none. `ticket` and `cancel` are set
+    when a version takes the request, so that a caller who goes away can be found in that version's queue.
     """
 
-    __slots__ = ("deadline", "outlet", "ticket")
+    __slots__ = ("cancel", "deadline", "outlet", "ticket")
 
     def __init__(self, outlet: Outlet, deadline: float | None = None) -> None:
         self.outlet = outlet
         self.deadline = deadline
         self.ticket: Ticket | None = None
+        self.cancel: Callable[[Reply], None] | None = None
 
     def ok(self, message: bytes) -> None:
         self.outlet.deliver([(self, message)])

@@ -132,6 +132,10 @@ class Batcher:
         self._release(1)
         return True
 
+    def cancel_reply(self, reply: Reply) -> None:
+        if reply.ticket is not None:
+            self.cancel(reply.ticket)
+
     def expire(self) -> None:
         """Answer whoever has waited past its time, also while every instance is busy. The timer's callback."""
         with self._lock:

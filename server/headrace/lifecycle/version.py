@@ -27,7 +27,7 @@ log = structlog.stdlib.get_logger(__name__)
 
 
 class ModelVersion:
-    """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit` and `cancel`: any thread."""
+    """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit`: any thread."""
 
     def __init__(
         self,
@@ -90,11 +90,8 @@ class ModelVersion:
             batcher.count_failure(FailureReason.OTHER)
             raise
         reply.ticket = ticket
+        reply.cancel = batcher.cancel_reply
         batcher.submit(ticket)
-
-    def cancel(self, reply: Reply) -> None:
-        if self._batcher is not None and reply.ticket is not None:
-            self._batcher.cancel(reply.ticket)
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 

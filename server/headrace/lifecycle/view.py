@@ -38,9 +38,6 @@ class VersionView(Protocol):
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         """Validate and enqueue; from any thread. Raises HeadraceError, after which the reply is still the caller's to settle."""
 
-    def cancel(self, reply: Reply) -> None:
-        """The caller of `reply` went away. From any thread, at any time; too late is no error."""
-
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:

@@ -1,43 +1,58 @@
-"""What is counted per model version: plain arrays, written on the hot path, summed only when somebody looks.
+"""What is counted per model version: plain lists, written on the hot path, summed only when somebody looks.
 
-Each writer thread has its own shard, because `+=` on an array element is a read and a write that another thread can come
-between. A reader may see a batch half counted (the rows, not yet its duration); every number only grows, so the next look
-has it. prometheus_client's observe() takes a lock and costs more than the whole decode, hence none of it here.
+Rules that make this need no lock:
+
+- A shard has one writer: one thread, or whoever holds one particular lock. `counts[i] += 1` is a read, an addition and a
+  write, and another thread can come between them, so two writers of one shard would lose counts.
+- Readers are any thread at any time. They copy each list in one C call and may see a batch half counted. That is harmless:
+  every number only grows, so the next look has the rest; a histogram's count is the sum of its own buckets, never a number
+  kept beside them; and `success` is written last and read first, so that a mean never divides too little time by too many.
+
+prometheus_client's observe() takes a lock and costs more than decoding the request, hence none of it here.
 """
 
 from __future__ import annotations
 
 import enum
-import threading
 import time
-from bisect import bisect_left
-from collections.abc import Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
-
-Floats = NDArray[np.float64]
-Counts = NDArray[np.int64]
 
 DURATION_EDGES = (
-    0.00005, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
+    50e-6, 75e-6,
+    100e-6, 150e-6, 250e-6, 500e-6, 750e-6,
+    1e-3, 1.5e-3, 2.5e-3, 5e-3, 7.5e-3,
+    10e-3, 25e-3, 50e-3, 100e-3, 250e-3, 500e-3,
+    1.0, 2.5, 5.0, 10.0, 30.0, 60.0,
 )  # fmt: skip
-"""Seconds. 1-2.5-5 steps over what models take, finer at the low end, where a tiny model's whole latency lies."""
+"""Seconds, upper bounds included. From what a tiny model takes on a CPU to what nobody waits longer for: 1-2.5-5 steps, finer
+below 10 ms, where most models live and where an interpolated p99 would otherwise be wrong by a factor. Every edge is a time
+series per stage and version, hence not finer. The same for all versions: PromQL sums over `le` need equal edges."""
+
 ROW_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-_EDGES = np.array(DURATION_EDGES)
 _BUCKETS = len(DURATION_EDGES) + 1
+_FEW = 12
+"""Up to here one bisect a request is cheaper than sorting the batch; measured: both take 1.1 µs at 12."""
 
 
 class FailureReason(enum.IntEnum):
-    """Triton's four words for why a request failed."""
+    """Triton's four words for why a request failed. An int, because it indexes a list on the hot path."""
 
     REJECTED = 0
     CANCELED = 1
     BACKEND = 2
     OTHER = 3
+
+
+class DispatchReason(enum.IntEnum):
+    """Why a batch was started when it was: as large as allowed, an instance was free, the queue delay was over, a deadline was near."""
+
+    FULL = 0
+    IDLE = 1
+    DELAY = 2
+    DEADLINE = 3
 
 
 class Stage(enum.IntEnum):
@@ -51,9 +66,12 @@ class Stage(enum.IntEnum):
 
 
 class BatchTimes:
-    """One executed batch; times are time.monotonic(), one `arrived` and `enqueued` a request."""
+    """One executed batch; times are time.monotonic(), one `arrived` and one `enqueued` a request.
 
-    __slots__ = ("arrived", "done", "enqueued", "input_done", "output_start", "padded_rows", "rows", "taken")
+    `padded_rows` is what ran: `rows` and the padding. `reason` is counted where it is given.
+    """
+
+    __slots__ = ("arrived", "done", "enqueued", "input_done", "output_start", "padded_rows", "reason", "rows", "taken")
 
     def __init__(
         self,
@@ -66,6 +84,7 @@ class BatchTimes:
         input_done: float,
         output_start: float,
         done: float,
+        reason: DispatchReason | None = None,
     ) -> None:
         self.rows = rows
         self.padded_rows = padded_rows
@@ -75,70 +94,95 @@ class BatchTimes:
         self.input_done = input_done
         self.output_start = output_start
         self.done = done
+        self.reason = reason
+
+    def __repr__(self) -> str:
+        return f"BatchTimes({len(self.arrived)} requests, {self.rows} of {self.padded_rows} rows, {self.done - self.taken:.6f} s)"
 
 
 class CounterShard:
-    """The counts of one writer. Lists, not numpy arrays: adding to one element of a list costs a third."""
+    """The counts of one writer; see the rules above. What can be derived when somebody looks is not kept."""
 
-    __slots__ = ("batch_sizes", "batches", "buckets", "fail_count", "last_inference", "padding", "row_buckets", "rows", "seconds", "success")
+    __slots__ = ("batch_sizes", "buckets", "dispatches", "failure_seconds", "failures", "last_inference", "padding", "seconds", "success", "wall_clock")
 
-    def __init__(self) -> None:
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        # Lists, not numpy arrays: adding to one element of a list costs a third.
         self.buckets: list[list[int]] = [[0] * _BUCKETS for _ in Stage]
         self.seconds = [0.0] * len(Stage)
-        self.row_buckets = [0] * (len(ROW_EDGES) + 1)
         self.batch_sizes: dict[int, list[float]] = {}
-        self.success = 0
-        self.rows = 0
-        self.batches = 0
+        self.dispatches = [0] * len(DispatchReason)
+        self.failures = [0] * len(FailureReason)
+        self.failure_seconds = [0.0] * len(FailureReason)
         self.padding = 0
-        self.fail_count = [0] * len(FailureReason)
+        self.success = 0
         self.last_inference = 0.0
+        self.wall_clock = wall_clock
+
+    def __repr__(self) -> str:
+        return f"CounterShard(success={self.success}, failures={self.failures})"
 
     def record_batch(self, times: BatchTimes) -> None:
-        """Count a batch that succeeded. Every request in it is charged the whole batch's compute durations (Triton's rule)."""
+        """Count a batch that succeeded, before its answers leave: clients read the statistics right after their answer.
+
+        Every request in it is charged the whole batch's compute durations (Triton's rule).
+        """
         requests = len(times.arrived)
-        self._record_requests(times, requests)
-        compute_input = times.input_done - times.taken
-        compute = times.output_start - times.input_done
-        compute_output = times.done - times.output_start
+        taken, input_done, output_start, done = times.taken, times.input_done, times.output_start, times.done
+        compute_input = input_done - taken
+        compute = output_start - input_done
+        compute_output = done - output_start
         buckets, seconds = self.buckets, self.seconds
-        for stage, duration in ((2, compute_input), (3, compute), (4, compute_output)):
-            buckets[stage][bisect_left(DURATION_EDGES, duration)] += requests
-            seconds[stage] += duration * requests
-        self.row_buckets[bisect_left(ROW_EDGES, times.rows)] += 1
+        seconds[0] += _count_durations(buckets[0], done, times.arrived)
+        seconds[1] += _count_durations(buckets[1], taken, times.enqueued)
+        buckets[2][bisect_left(DURATION_EDGES, compute_input)] += requests
+        buckets[3][bisect_left(DURATION_EDGES, compute)] += requests
+        buckets[4][bisect_left(DURATION_EDGES, compute_output)] += requests
+        seconds[2] += compute_input * requests
+        seconds[3] += compute * requests
+        seconds[4] += compute_output * requests
         size = self.batch_sizes.get(times.rows)
         if size is None:
             size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0]
-        size[0] += 1
         size[1] += compute_input
         size[2] += compute
         size[3] += compute_output
-        self.rows += times.rows
-        self.batches += 1
+        size[0] += 1
         self.padding += times.padded_rows - times.rows
-        self.last_inference = time.time()
+        if times.reason is not None:
+            self.dispatches[times.reason] += 1
+        self.last_inference = self.wall_clock()
         self.success += requests
 
-    def _record_requests(self, times: BatchTimes, requests: int) -> None:
-        if requests <= 8:
-            request_buckets, queue_buckets = self.buckets[0], self.buckets[1]
-            for arrived, enqueued in zip(times.arrived, times.enqueued, strict=True):
-                request_buckets[bisect_left(DURATION_EDGES, times.done - arrived)] += 1
-                queue_buckets[bisect_left(DURATION_EDGES, times.taken - enqueued)] += 1
-        else:
-            self._count(0, times.done - np.array(times.arrived))
-            self._count(1, times.taken - np.array(times.enqueued))
-        self.seconds[0] += requests * times.done - sum(times.arrived)
-        self.seconds[1] += requests * times.taken - sum(times.enqueued)
+    def record_failure(self, reason: FailureReason, count: int = 1, seconds: float = 0.0) -> None:
+        """Count `count` requests that failed, which together took `seconds`. They touch no other number (Triton's rule)."""
+        self.failure_seconds[reason] += seconds
+        self.failures[reason] += count
 
-    def _count(self, stage: int, durations: Floats) -> None:
-        found = np.bincount(_EDGES.searchsorted(durations)).tolist()
-        buckets = self.buckets[stage]
-        for index, count in enumerate(found):
-            buckets[index] += count
 
-    def record_failure(self, reason: FailureReason, count: int = 1) -> None:
-        self.fail_count[reason] += count
+def _count_durations(buckets: list[int], end: float, starts: Sequence[float]) -> float:
+    """Put `end - start` of each start into its bucket and return their sum.
+
+    The sum is of the differences: sums of monotonic times themselves have lost the nanoseconds after a few weeks of uptime.
+    """
+    if len(starts) <= _FEW:
+        total = 0.0
+        for start in starts:
+            duration = end - start
+            buckets[bisect_left(DURATION_EDGES, duration)] += 1
+            total += duration
+        return total
+    # Requests of one batch came close together, so their sorted durations span few buckets: one bisect per bucket. At 64
+    # requests 2.0-2.7 µs, where searchsorted and bincount take 3.7 and one bisect a request 5.4.
+    durations = [end - start for start in starts]
+    durations.sort()
+    last = bisect_left(DURATION_EDGES, durations[-1])
+    counted = 0
+    for index in range(bisect_left(DURATION_EDGES, durations[0]), last):
+        upto = bisect_right(durations, DURATION_EDGES[index])
+        buckets[index] += upto - counted
+        counted = upto
+    buckets[last] += len(durations) - counted
+    return sum(durations)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,55 +197,81 @@ class BatchSizeCounts:
 
 @dataclass(frozen=True, slots=True)
 class CounterSnapshot:
-    """Sums over all shards. `buckets[stage]` are counts per bucket of DURATION_EDGES (not cumulative), `seconds[stage]` sums."""
+    """Sums over all shards.
+
+    `buckets[stage]`: counts per bucket of DURATION_EDGES and one beyond the last (not cumulative), `seconds[stage]` their sums,
+    one entry a request. `row_buckets` likewise over ROW_EDGES, one entry a batch. `batch_sizes` is by rows, ascending.
+    `failures` and `failure_seconds` are by FailureReason, `dispatches` by DispatchReason; `last_inference` is the wall clock's.
+    """
 
     success: int
     rows: int
     batches: int
     padding: int
     failures: tuple[int, ...]
-    buckets: Counts
-    seconds: Floats
-    row_buckets: Counts
+    failure_seconds: tuple[float, ...]
+    dispatches: tuple[int, ...]
+    buckets: tuple[tuple[int, ...], ...]
+    seconds: tuple[float, ...]
+    row_buckets: tuple[int, ...]
     batch_sizes: dict[int, BatchSizeCounts]
     last_inference: float
 
 
 class VersionCounters:
-    """All shards of one version. `shard` may be called from any thread; each shard then belongs to one writer."""
+    """All shards of one version. Both methods may be called from any thread; each shard then belongs to one writer."""
 
-    def __init__(self) -> None:
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         self._shards: list[CounterShard] = []
-        self._lock = threading.Lock()
+        self._wall_clock = wall_clock
+
+    def __repr__(self) -> str:
+        return f"VersionCounters({self._shards!r})"
 
     def shard(self) -> CounterShard:
-        shard = CounterShard()
-        with self._lock:
-            self._shards.append(shard)
+        shard = CounterShard(self._wall_clock)
+        self._shards.append(shard)
         return shard
 
     def snapshot(self) -> CounterSnapshot:
-        shards = list(self._shards)
-        sizes: dict[int, Any] = {}
-        for shard in shards:
-            for rows, sums in list(shard.batch_sizes.items()):
-                sizes[rows] = np.add(sizes.get(rows, 0), sums)
+        shards = self._shards.copy()
+        success = sum([shard.success for shard in shards])  # first: see the rules above
+        sizes = _total_sizes(shards)
         return CounterSnapshot(
-            success=sum(shard.success for shard in shards),
-            rows=sum(shard.rows for shard in shards),
-            batches=sum(shard.batches for shard in shards),
-            padding=sum(shard.padding for shard in shards),
-            failures=tuple(sum(shard.fail_count[reason] for shard in shards) for reason in FailureReason),
-            buckets=_total([shard.buckets for shard in shards], (len(Stage), _BUCKETS), np.int64),
-            seconds=_total([shard.seconds for shard in shards], (len(Stage),), np.float64),
-            row_buckets=_total([shard.row_buckets for shard in shards], (len(ROW_EDGES) + 1,), np.int64),
-            batch_sizes={rows: BatchSizeCounts(int(s[0]), *map(float, s[1:])) for rows, s in sorted(sizes.items())},
-            last_inference=max((shard.last_inference for shard in shards), default=0.0),
+            success=success,
+            rows=sum([rows * counts.executions for rows, counts in sizes.items()]),
+            batches=sum([counts.executions for counts in sizes.values()]),
+            padding=sum([shard.padding for shard in shards]),
+            failures=_total([shard.failures for shard in shards], len(FailureReason)),
+            failure_seconds=_total([shard.failure_seconds for shard in shards], len(FailureReason)),
+            dispatches=_total([shard.dispatches for shard in shards], len(DispatchReason)),
+            buckets=tuple([_total([shard.buckets[stage] for shard in shards], _BUCKETS) for stage in Stage]),
+            seconds=_total([shard.seconds for shard in shards], len(Stage)),
+            row_buckets=_row_buckets(sizes),
+            batch_sizes=sizes,
+            last_inference=max([shard.last_inference for shard in shards], default=0.0),
         )
 
 
-def _total(parts: Sequence[Any], shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    total = np.zeros(shape, dtype)
-    for part in parts:
-        total += np.array(part, dtype)
-    return total
+def _total[Number: (int, float)](parts: Iterable[list[Number]], length: int) -> tuple[Number, ...]:
+    copies = [part.copy() for part in parts]
+    if not copies:
+        return (0,) * length
+    return tuple(copies[0]) if len(copies) == 1 else tuple([sum(column) for column in zip(*copies, strict=True)])
+
+
+def _total_sizes(shards: Iterable[CounterShard]) -> dict[int, BatchSizeCounts]:
+    totals: dict[int, list[float]] = {}
+    for shard in shards:
+        # dict.copy is one C call; iterating the live one could meet a size being added.
+        for rows, sums in shard.batch_sizes.copy().items():
+            total = totals.get(rows)
+            totals[rows] = sums.copy() if total is None else [a + b for a, b in zip(total, sums, strict=True)]
+    return {rows: BatchSizeCounts(int(sums[0]), *sums[1:]) for rows, sums in sorted(totals.items())}
+
+
+def _row_buckets(sizes: dict[int, BatchSizeCounts]) -> tuple[int, ...]:
+    buckets = [0] * (len(ROW_EDGES) + 1)
+    for rows, counts in sizes.items():
+        buckets[bisect_left(ROW_EDGES, rows)] += counts.executions
+    return tuple(buckets)

@@ -1,0 +1,49 @@
+"""ModelInfer, for any transport: bytes in, an answer at the reply."""
+
+from __future__ import annotations
+
+import time
+
+from headrace.errors import HeadraceError, NotReady
+from headrace.lifecycle.view import ModelsView
+from headrace.requests import InferRequest, Reply
+from headrace.rpc.guard import as_known
+from headrace.wire.codec import decode_request
+
+MAX_RESOLVES = 4
+"""A version can begin to drain between being found and being asked; the next look finds its successor. More than a few rounds
+would mean that versions change faster than one request is handed over."""
+
+
+class InferenceService:
+    """Stateless; any thread."""
+
+    def __init__(self, models: ModelsView) -> None:
+        self._models = models
+
+    def submit(self, message: bytes, reply: Reply) -> None:
+        """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later."""
+        arrived = time.monotonic()
+        request = None
+        try:
+            request = decode_request(message)
+            self._submit(request, reply, arrived)
+        except HeadraceError as error:
+            reply.fail(error)
+        except Exception as error:
+            reply.fail(as_known(error, "ModelInfer", request.id if request else ""))
+
+    def _submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        for attempt in range(1, MAX_RESOLVES + 1):
+            version = self._models.resolve(request.model, request.version)
+            try:
+                version.submit(request, reply, arrived)
+                return
+            except NotReady:
+                if attempt == MAX_RESOLVES:
+                    raise
+
+    def cancel(self, reply: Reply) -> None:
+        """The caller of `reply` went away: if its request still waits, it leaves the queue. Any thread, any time."""
+        if reply.cancel is not None:
+            reply.cancel(reply)
