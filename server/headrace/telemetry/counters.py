@@ -18,6 +18,9 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Number = TypeVar("Number", int, float)
 
 DURATION_EDGES = (
     50e-6, 75e-6,
@@ -33,8 +36,8 @@ series per stage and version, hence not finer. The same for all versions: PromQL
 ROW_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 _BUCKETS = len(DURATION_EDGES) + 1
-_FEW = 12
-"""Up to here one bisect a request is cheaper than sorting the batch; measured: both take 1.1 µs at 12."""
+_FEW = 8
+"""Up to here one bisect a request costs no more than sorting the batch (measured: 0.75 µs either way at 8, 1.4 against 1.05 at 16)."""
 
 
 class FailureReason(enum.IntEnum):
@@ -103,7 +106,9 @@ class BatchTimes:
 class CounterShard:
     """The counts of one writer; see the rules above. What can be derived when somebody looks is not kept."""
 
-    __slots__ = ("batch_sizes", "buckets", "dispatches", "failure_seconds", "failures", "last_inference", "padding", "seconds", "success", "wall_clock")
+    __slots__ = (
+        "batch_sizes", "buckets", "dispatches", "failure_seconds", "failures", "last_inference", "padding", "seconds", "success", "wall_clock",
+    )  # fmt: skip
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         # Lists, not numpy arrays: adding to one element of a list costs a third.
@@ -253,11 +258,9 @@ class VersionCounters:
         )
 
 
-def _total[Number: (int, float)](parts: Iterable[list[Number]], length: int) -> tuple[Number, ...]:
+def _total(parts: Iterable[list[Number]], length: int) -> tuple[Number, ...]:
     copies = [part.copy() for part in parts]
-    if not copies:
-        return (0,) * length
-    return tuple(copies[0]) if len(copies) == 1 else tuple([sum(column) for column in zip(*copies, strict=True)])
+    return tuple([sum(column) for column in zip(*copies, strict=True)]) if copies else (0,) * length
 
 
 def _total_sizes(shards: Iterable[CounterShard]) -> dict[int, BatchSizeCounts]:
