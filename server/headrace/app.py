@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable
-from importlib.metadata import version as package_version
 
 import structlog
 import uvloop
 
+from headrace import __version__
 from headrace.backends.registry import load_backends
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
 from headrace.lifecycle.manager import ModelManager, WantedVersion
 from headrace.lifecycle.policy import select_versions
+from headrace.rpc.control import ControlService
+from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
-from headrace.rpc.transports.base import Transport
+from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.sources.directory import DirectorySource
 from headrace.telemetry.metrics import make_registry
@@ -56,8 +59,12 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.models = ModelManager(load_backends(), lambda: LoopTimer(loop), load_concurrency=config.load_threads)
-        self.service = InferenceService(self.models, server_name=config.server_name, server_version=package_version("headrace"))
-        self.transport: Transport = GrpcioTransport(self.service, self.models, config)
+        self.services = Services(
+            InferenceService(self.models),
+            ControlService(self.models, server_name=config.server_name, server_version=__version__),
+            HealthService(self.models),
+        )
+        self.transport: Transport = GrpcioTransport(self.services, config)
         self.http: HttpServer | None = None
         self.grpc_addresses: list[str] = []
         self.http_address = ""
@@ -95,9 +102,10 @@ class Server:
         """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
         grace = self.config.shutdown_grace
         self.models.refuse_new_requests()
-        await self.transport.stop_accepting(grace)
+        self.services.health.close()
+        # The transport refuses new calls at once and waits for those in flight, whose batches the workers still run.
+        await self.transport.stop(grace)
         await self.models.stop(grace)
-        await self.transport.stop()
         if self.http is not None:
             await self.http.stop()
         log.info("server stopped")
@@ -113,8 +121,6 @@ async def serve(config: ServerConfig, started: Callable[[Server], None] | None =
             log.warning("shutdown forced")
             sys.stderr.flush()
             # Not sys.exit: worker threads may be inside a model for minutes, and the operator has asked twice.
-            import os
-
             os._exit(1)
         log.info("server stopping", grace=config.shutdown_grace)
         stopping.set()

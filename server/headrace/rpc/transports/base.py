@@ -1,0 +1,29 @@
+"""What a transport is: sockets, and the services behind them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from headrace.rpc.control import ControlService
+from headrace.rpc.health import HealthService
+from headrace.rpc.inference import InferenceService
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What every transport serves."""
+
+    inference: InferenceService
+    control: ControlService
+    health: HealthService
+
+
+class Transport(Protocol):
+    """One gRPC implementation. Event loop only; each method is called once, in this order."""
+
+    async def start(self) -> list[str]:
+        """Bind and serve. Returns the bound addresses, ports filled in. Raises ConfigError for what cannot be bound."""
+
+    async def stop(self, grace: float) -> None:
+        """Take no new calls, let those in flight end within `grace` seconds, close the sockets."""
