@@ -58,6 +58,10 @@ class Batcher:
         return self._queue.rows
 
     @property
+    def pending_requests(self) -> int:
+        return self._queue.requests
+
+    @property
     def unsettled(self) -> int:
         """Tickets admitted and not yet answered: the leases on this version."""
         return self._unsettled

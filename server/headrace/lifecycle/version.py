@@ -71,6 +71,10 @@ class ModelVersion:
     def pending_rows(self) -> int:
         return self._batcher.pending_rows if self._batcher else 0
 
+    @property
+    def pending_requests(self) -> int:
+        return self._batcher.pending_requests if self._batcher else 0
+
     def move(self, state: VersionState, reason: str = "") -> None:
         """The only place where the state changes."""
         check_move(self.state, state)

@@ -1,191 +1,388 @@
-"""Triton's config.pbtxt to our ModelConfig, and our effective configuration to the ModelConfig message that clients ask for."""
+"""Triton's model configuration: config.pbtxt to ModelConfig, and an effective model to the message that clients read.
+
+A file is honoured or refused, never half honoured: what would change answers and is not offered is a ConfigError that names the
+field; what only affects speed, or has no meaning here, becomes a note that `headrace check` shows.
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 from google.protobuf import text_format
 
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError
-from headrace.signature import DataType, Signature, TensorSpec
-from headrace.wire.messages import POOL, ModelConfigMessage
+from headrace.signature import Signature, TensorSpec
+from headrace.wire import messages as pb
 
-_NOT_SERVED = {
-    "ensemble_scheduling": "ensembles are not supported",
-    "sequence_batching": "sequence batching is not supported",
-    "response_cache": "the response cache is not supported",
-    "cc_model_filenames": "one artifact per compute capability is not supported",
-}
-_HARMLESS = ("optimization", "metric_tags", "model_warmup", "runtime")
-"""Fields that change speed or labels, not answers: honoured differently here, said at load."""
+BACKENDS_BY_PLATFORM = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
 
-_ORT_PARAMETERS = {"inter_op_thread_count": "inter_op_threads", "enable_mem_arena": "enable_cpu_mem_arena", "enable_mem_pattern": "enable_mem_pattern"}
-_BACKENDS = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
+_MICROSECOND = 1e-6
+
+# -- config.pbtxt to ModelConfig -----------------------------------------------------------------------------------------
 
 
-def parse_config_pbtxt(text: str, source: str, default_name: str = "") -> ModelConfig:
-    """Raises ConfigError naming the file and what cannot be read or honoured. `default_name` where the file has no name."""
-    message = ModelConfigMessage()
+def parse_config_pbtxt(text: str, source_name: str, name: str = "") -> ModelConfig:
+    """`source_name` is the file as messages call it; `name` the model's, for a file that does not say it.
+
+    Raises ConfigError naming the file, the line and the nearest known field for what cannot be read, and the field for what is
+    read but not supported.
+    """
+    given = pb.ModelConfig()
     try:
-        text_format.Parse(text, message, descriptor_pool=POOL)
+        text_format.Parse(text, given)
     except text_format.ParseError as error:
-        raise ConfigError(f"{source}: {_explain(str(error))}") from None
-    _refuse_unsupported(message, source)
-    present = {field.name for field, _ in message.ListFields()}
-    size = message.max_batch_size
-    if size < 0:
-        raise ConfigError(f"{source}: max_batch_size: expected >= 0, got {size}")
-    filename = message.default_model_filename
+        raise ConfigError(_explain(error, source_name)) from None
+    try:
+        return _convert(given, source_name, name)
+    except ConfigError as error:
+        raise ConfigError(f"{source_name}: {error}") from None
+
+
+def _convert(given: pb.ModelConfig, source_name: str, name: str) -> ModelConfig:
+    for field, reason in _unsupported(given):
+        raise ConfigError(f"{field} is not supported: {reason}")
+    backend = _backend(given)
+    size = _max_batch_size(given)
     return ModelConfig(
-        message.name or default_name,
-        backend=message.backend or _BACKENDS.get(message.platform) or None,
-        filename=filename or None,
-        # Proto3 cannot tell an absent max_batch_size from 0; Triton infers in both cases, and so do we.
-        batching=_batching(message, size or None, source),
-        instances=_instances(message, source),
-        inputs=tuple(_tensor(t, source, t.optional or None) for t in message.input),
-        outputs=tuple(_tensor(t, source, None, t.label_filename) for t in message.output),
-        version_policy=_version_policy(message.version_policy),
-        parameters={key: value.string_value for key, value in message.parameters.items()},
-        notes=tuple(f"config.pbtxt: '{name}' has no effect here" for name in _HARMLESS if name in present),
-        provenance=dict.fromkeys(present, "config.pbtxt"),
+        name=given.name or name,
+        backend=backend,
+        filename=given.default_model_filename or None,
+        batching=_batching(given, size),
+        instances=_instances(given, backend),
+        inputs=tuple(_tensor("input", tensor) for tensor in given.input),
+        outputs=tuple(_tensor("output", tensor) for tensor in given.output),
+        version_policy=_version_policy(given.version_policy),
+        parameters={key: value.string_value for key, value in sorted(given.parameters.items())},
+        notes=tuple(f"{source_name}: {note}" for note in _notes(given, backend, size)),
+        provenance=_provenance(given, size, source_name),
     )
 
 
-def _explain(error: str) -> str:
-    match = re.search(r'type "inference\.([\w.]+)" has no field named "(\w+)"', error)
-    if match is None:
-        return error
-    fields = [field.name for field in POOL.FindMessageTypeByName(f"inference.{match[1]}").fields]
-    near = difflib.get_close_matches(match[2], fields, 1)
-    return f"{error.split(' : ')[0]}: unknown field '{match[2]}' in {match[1]}" + (f", did you mean '{near[0]}'?" if near else "")
+def _provenance(given: pb.ModelConfig, size: int | None, source_name: str) -> dict[str, str]:
+    fields = {descriptor.name for descriptor, _ in given.ListFields()}
+    if "platform" in fields:
+        fields.add("backend")
+    if size is not None:
+        fields.add("max_batch_size")
+    return dict.fromkeys(sorted(fields), source_name)
 
 
-def _refuse_unsupported(message: Any, source: str) -> None:
-    for field, _ in message.ListFields():
-        if field.name in _NOT_SERVED and not (field.name == "response_cache" and not message.response_cache.enable):
-            raise ConfigError(f"{source}: '{field.name}': {_NOT_SERVED[field.name]}")
-    if message.model_transaction_policy.decoupled:
-        raise ConfigError(f"{source}: 'model_transaction_policy.decoupled': decoupled models are not supported")
-    for tensor in (*message.input, *message.output):
-        if tensor.HasField("reshape"):
-            raise ConfigError(f"{source}: 'reshape' of '{tensor.name}' is not supported; write the model's own dims")
-    for tensor in message.input:
-        if tensor.allow_ragged_batch:
-            raise ConfigError(f"{source}: 'allow_ragged_batch' of '{tensor.name}' is not supported; different shapes form batches of their own")
+_NO_NAME = re.compile(r'(Message type|Enum type) "([\w.]+)" has no (?:field|value) named "?(\w+)')
 
 
-def _batching(message: Any, size: int | None, source: str) -> BatchingConfig:
-    if not message.HasField("dynamic_batching"):
-        return BatchingConfig(max_batch_size=size)
-    given = message.dynamic_batching
-    policy = given.default_queue_policy
-    if policy.timeout_action == 1:
-        raise ConfigError(f"{source}: 'timeout_action: DELAY' is not supported; expected REJECT")
+def _explain(error: text_format.ParseError, source_name: str) -> str:
+    line = error.GetLine()
+    place = source_name if line is None else f"{source_name}:{line}"
+    # The error's own text begins with its place once more.
+    text = re.sub(r"^\d+:\d+ : ", "", str(error))
+    found = _NO_NAME.search(text)
+    if found is None:
+        return f"{place}: {text}"
+    kind, owner, unknown = found.groups()
+    if kind == "Enum type":
+        known = list(pb.POOL.FindEnumTypeByName(owner).values_by_name)
+        what = f"value of {owner.removeprefix('inference.')}"
+    else:
+        known = list(pb.POOL.FindMessageTypeByName(owner).fields_by_name)
+        what = f"field of {owner.removeprefix('inference.')}"
+    near = difflib.get_close_matches(unknown, known, 1)
+    hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(sorted(known))}"
+    return f"{place}: '{unknown}' is no {what}, {hint}"
+
+
+def _unsupported(given: pb.ModelConfig) -> Iterator[tuple[str, str]]:
+    """(field, reason) of everything in the file whose absence clients would notice."""
+    if given.HasField("ensemble_scheduling") or given.platform == "ensemble":
+        yield "ensemble_scheduling", "serve the models one by one"
+    if given.HasField("sequence_batching"):
+        yield "sequence_batching", "requests are independent of each other; keep the state in inputs and outputs"
+    if given.model_transaction_policy.decoupled:
+        yield "model_transaction_policy.decoupled", "every request has one response"
+    if given.response_cache.enable:
+        yield "response_cache.enable", "every request is computed"
+    if given.batch_input or given.batch_output:
+        yield "batch_input" if given.batch_input else "batch_output", "inputs are what clients send"
+    if given.cc_model_filenames:
+        yield "cc_model_filenames", "use default_model_filename"
+    if given.model_operations.op_library_filename:
+        yield "model_operations.op_library_filename", "only the runtime's own operators are there"
+    if given.model_repository_agents.agents:
+        yield "model_repository_agents", "no agents can be loaded"
+    for tensor in (*given.input, *given.output):
+        yield from _unsupported_tensor(tensor)
+    for group in given.instance_group:
+        yield from _unsupported_group(group)
+    yield from _unsupported_queue(given.dynamic_batching)
+
+
+def _unsupported_tensor(tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[tuple[str, str]]:
+    kind = "input" if isinstance(tensor, pb.ModelInput) else "output"
+    if tensor.HasField("reshape"):
+        yield f"{kind}.reshape of '{tensor.name}'", "write the model's own shape in dims"
+    if tensor.is_shape_tensor:
+        yield f"{kind}.is_shape_tensor of '{tensor.name}'", "there are no shape tensors"
+    if tensor.is_non_linear_format_io:
+        yield f"{kind}.is_non_linear_format_io of '{tensor.name}'", "tensors are row-major"
+    if isinstance(tensor, pb.ModelInput) and tensor.allow_ragged_batch:
+        yield f"input.allow_ragged_batch of '{tensor.name}'", "requests of different shapes run in different batches"
+
+
+def _unsupported_group(group: pb.ModelInstanceGroup) -> Iterator[tuple[str, str]]:
+    if group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus:
+        yield "instance_group.kind KIND_GPU", "models run on the CPU; write KIND_CPU or KIND_AUTO"
+    if group.passive:
+        yield "instance_group.passive", "every instance takes requests"
+    if group.profile:
+        yield "instance_group.profile", "there are no optimization profiles"
+    if group.secondary_devices:
+        yield "instance_group.secondary_devices", "an instance has one device"
+
+
+def _unsupported_queue(given: pb.ModelDynamicBatching) -> Iterator[tuple[str, str]]:
     if given.priority_queue_policy:
-        raise ConfigError(f"{source}: 'priority_queue_policy' is not supported; expected default_queue_policy alone")
+        yield "dynamic_batching.priority_queue_policy", "one policy holds for all levels; use default_queue_policy"
+    policy = given.default_queue_policy
+    if policy.timeout_action == pb.ModelQueuePolicy.DELAY and policy.default_timeout_microseconds:
+        yield "dynamic_batching.default_queue_policy.timeout_action DELAY", "a request that timed out is refused; write REJECT"
+
+
+def _backend(given: pb.ModelConfig) -> str | None:
+    if not given.platform:
+        return given.backend or None
+    backend = BACKENDS_BY_PLATFORM.get(given.platform)
+    if backend is None:
+        raise ConfigError(f"platform '{given.platform}': expected one of {', '.join(BACKENDS_BY_PLATFORM)}")
+    if given.backend and given.backend != backend:
+        raise ConfigError(f"platform '{given.platform}': expected backend '{backend}' beside it, got '{given.backend}'")
+    return backend
+
+
+def _max_batch_size(given: pb.ModelConfig) -> int | None:
+    """None: to be inferred.
+
+    Triton cannot tell a written 0 from none and infers in both cases, unless the file has dims, which are then literal; we hold
+    to a 0 that was written.
+    """
+    if given.max_batch_size < 0:
+        raise ConfigError(f"max_batch_size: expected a number of rows or 0, got {given.max_batch_size}")
+    has_dims = any(tensor.dims for tensor in (*given.input, *given.output))
+    return given.max_batch_size if given.HasField("max_batch_size") or has_dims else None
+
+
+def _batching(given: pb.ModelConfig, size: int | None) -> BatchingConfig:
+    if not given.HasField("dynamic_batching"):
+        return BatchingConfig(max_batch_size=size)
+    asked = given.dynamic_batching
+    defaults = BatchingConfig()
+    policy = asked.default_queue_policy
     return BatchingConfig(
         max_batch_size=size,
-        max_queue_delay=given.max_queue_delay_microseconds / 1e6,
-        max_queue_size=policy.max_queue_size or BatchingConfig().max_queue_size,
-        priority_levels=given.priority_levels,
-        default_priority_level=given.default_priority_level,
-        default_timeout=policy.default_timeout_microseconds / 1e6,
-        allow_timeout_override=policy.allow_timeout_override if given.HasField("default_queue_policy") else True,
+        max_queue_delay=asked.max_queue_delay_microseconds * _MICROSECOND,
+        # Triton's 0 is an unbounded queue, which is also what a file gets that never thought of it; ours stays bounded.
+        max_queue_size=policy.max_queue_size or defaults.max_queue_size,
+        priority_levels=asked.priority_levels,
+        default_priority_level=asked.default_priority_level,
+        default_timeout=policy.default_timeout_microseconds * _MICROSECOND,
+        allow_timeout_override=policy.allow_timeout_override if asked.HasField("default_queue_policy") else defaults.allow_timeout_override,
     )
 
 
-def _instances(message: Any, source: str) -> InstanceConfig:
-    parameters = {key: value.string_value for key, value in message.parameters.items()}
-    options = {ours: _flag(parameters[theirs]) for theirs, ours in _ORT_PARAMETERS.items() if theirs in parameters}
-    threads = parameters.get("intra_op_thread_count", "0")
-    if not threads.isdigit():
-        raise ConfigError(f"{source}: parameter 'intra_op_thread_count': expected a number, got {threads!r}")
-    groups = message.instance_group
-    if any(group.kind == 1 for group in groups):
-        raise ConfigError(f"{source}: 'instance_group' asks for KIND_GPU; this server runs models on the CPU only")
-    count = sum(max(group.count, 1) for group in groups) or 1
-    return InstanceConfig(count=count, threads=int(threads), options=options)
+def _instances(given: pb.ModelConfig, backend: str | None) -> InstanceConfig:
+    groups = given.instance_group
+    kinds = {group.kind for group in groups}
+    if any(group.count < 0 for group in groups):
+        raise ConfigError("instance_group.count: expected 1 or more")
+    threads, options = _runtime_options(given) if backend in (None, "onnxruntime") else (0, {})
+    return InstanceConfig(
+        count=sum(group.count or 1 for group in groups) or 1,
+        device="cpu" if kinds == {pb.ModelInstanceGroup.KIND_CPU} else "auto",
+        threads=threads,
+        options=options,
+    )
 
 
-def _flag(text: str) -> str:
-    return {"1": "true", "0": "false"}.get(text, text)
+_GRAPH_LEVELS = {-1: "basic", 0: "all", 1: "extended", 2: "disable"}
+_SWITCHES = {"enable_mem_arena": "enable_cpu_mem_arena", "enable_mem_pattern": "enable_mem_pattern"}
 
 
-def _tensor(tensor: Any, source: str, optional: bool | None, labels: str = "") -> TensorConfig:
-    if tensor.data_type == 0:
-        datatype = None
-    else:
-        name = str(tensor.DESCRIPTOR.fields_by_name["data_type"].enum_type.values_by_number[tensor.data_type].name)
-        datatype = "BYTES" if name == "TYPE_STRING" else name.removeprefix("TYPE_")
-    if any(dim == 0 or dim < -1 for dim in tensor.dims):
-        raise ConfigError(f"{source}: dims of '{tensor.name}': expected numbers > 0 or -1, got {list(tensor.dims)}")
-    return TensorConfig(tensor.name, datatype, tuple(tensor.dims) or None, optional, labels or None)
+def _runtime_options(given: pb.ModelConfig) -> tuple[int, dict[str, str]]:
+    """(threads, options of our onnxruntime backend) from the parameters that Triton's onnxruntime backend reads."""
+    asked = {key: value.string_value for key, value in given.parameters.items()}
+    options: dict[str, str] = {}
+    if given.optimization.graph.level:
+        level = given.optimization.graph.level
+        if level not in _GRAPH_LEVELS:
+            raise ConfigError(f"optimization.graph.level: expected -1, 0, 1 or 2, got {level}")
+        options["graph_optimization"] = _GRAPH_LEVELS[level]
+    if _count(asked, "inter_op_thread_count"):
+        options["inter_op_threads"] = asked["inter_op_thread_count"]
+    for theirs, ours in _SWITCHES.items():
+        if theirs in asked:
+            options[ours] = "true" if _count(asked, theirs) else "false"
+    return _count(asked, "intra_op_thread_count"), options
 
 
-def _version_policy(policy: Any) -> str:
-    choice = policy.WhichOneof("policy_choice")
-    if choice == "all":
+def _count(asked: dict[str, str], key: str) -> int:
+    text = asked.get(key, "0")
+    if not text.isascii() or not text.isdigit():
+        raise ConfigError(f"parameters '{key}': expected a whole number, got '{text}'")
+    return int(text)
+
+
+def _tensor(kind: str, given: pb.ModelInput | pb.ModelOutput) -> TensorConfig:
+    if not given.name:
+        raise ConfigError(f"{kind}: expected a name for each")
+    if any(length < 1 and length != -1 for length in given.dims):
+        raise ConfigError(f"{kind}.dims of '{given.name}': expected lengths from 1, or -1 for any, got {list(given.dims)}")
+    return TensorConfig(
+        name=given.name,
+        datatype=_wire_datatype(given.data_type) if given.data_type else None,
+        shape=tuple(given.dims) or None,
+        optional=True if isinstance(given, pb.ModelInput) and given.optional else None,
+        labels=given.label_filename or None if isinstance(given, pb.ModelOutput) else None,
+    )
+
+
+def _wire_datatype(number: int) -> str:
+    name = pb.POOL.FindEnumTypeByName("inference.DataType").values_by_number[number].name.removeprefix("TYPE_")
+    return "BYTES" if name == "STRING" else name
+
+
+def _version_policy(given: pb.ModelVersionPolicy) -> str:
+    if given.HasField("all"):
         return "all"
-    if choice == "specific":
-        return ",".join(map(str, policy.specific.versions))
-    return f"latest:{policy.latest.num_versions or 1}" if choice == "latest" else "latest:1"
+    if given.HasField("specific"):
+        if not given.specific.versions:
+            raise ConfigError("version_policy.specific: expected at least one version")
+        return ",".join(map(str, given.specific.versions))
+    return f"latest:{given.latest.num_versions or 1}"
 
 
-# -- to clients --------------------------------------------------------------------------------------------------------
+_READ_PARAMETERS = {"intra_op_thread_count", "inter_op_thread_count", *_SWITCHES}
+_IGNORED_PARAMETERS = {
+    "execution_mode",
+    "memory.enable_memory_arena_shrinkage",
+    "session.use_device_allocator_for_initializers",
+    "cudnn_conv_algo_search",
+    "gpu_mem_limit",
+    "arena_extend_strategy",
+    "do_copy_in_default_stream",
+}
+"""Parameters of Triton's onnxruntime backend that change speed or memory only."""
 
 
-def model_config_message(
-    config: ModelConfig, signature: Signature, instances: InstanceConfig, *, backend: str, platform: str, filename: str
-) -> Any:
-    """The normalised configuration, as perf_analyzer and tritonclient read it: dims without the batch dimension."""
-    message = ModelConfigMessage(
-        name=config.name, platform=platform, backend=backend, max_batch_size=signature.max_batch_size, default_model_filename=filename
+def _notes(given: pb.ModelConfig, backend: str | None, size: int | None) -> Iterator[str]:
+    batching = given.dynamic_batching
+    if size and not given.HasField("dynamic_batching"):
+        yield "no dynamic_batching; requests that wait for an instance are run together all the same"
+    if batching.preferred_batch_size:
+        yield "dynamic_batching.preferred_batch_size has no effect: a free instance takes what is there"
+    if batching.preserve_ordering:
+        yield "dynamic_batching.preserve_ordering has no effect: every call has its own answer"
+    if batching.default_queue_policy.max_queue_size:
+        yield "max_queue_size counts rows, not requests"
+    if given.model_warmup:
+        yield "model_warmup has no effect: every batch size is warmed up with synthesised inputs"
+    if given.metric_tags or given.model_metrics.metric_control:
+        yield f"{'metric_tags' if given.metric_tags else 'model_metrics'} has no effect"
+    if given.runtime:
+        yield "runtime has no effect: the backend knows its library"
+    for group in given.instance_group:
+        if group.rate_limiter.resources or group.rate_limiter.priority or group.host_policy:
+            yield f"instance_group.{'host_policy' if group.host_policy else 'rate_limiter'} has no effect"
+    for descriptor, _ in given.optimization.ListFields():
+        if descriptor.name != "graph":
+            yield f"optimization.{descriptor.name} has no effect"
+    if backend in (None, "onnxruntime"):
+        yield from (f"parameters '{key}' has no effect" for key in sorted(given.parameters) if key in _IGNORED_PARAMETERS)
+
+
+# -- an effective model to the message ------------------------------------------------------------------------------------
+
+
+class SettledModel(Protocol):
+    """What of a model's effective configuration clients are told. lifecycle.effective.EffectiveModel is one."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def platform(self) -> str: ...
+    @property
+    def filename(self) -> str: ...
+    @property
+    def signature(self) -> Signature: ...
+    @property
+    def batching(self) -> BatchingConfig: ...
+    @property
+    def instances(self) -> InstanceConfig: ...
+
+
+def model_config_message(model: SettledModel) -> pb.ModelConfig:
+    """The configuration as Triton normalises it: nothing left to default that clients would have to know.
+
+    Only what holds is present: clients tell the scheduler by which message is set.
+    """
+    size = model.signature.max_batch_size
+    labels = {tensor.name: tensor.labels or "" for tensor in model.config.outputs}
+    optional = {spec.name for spec in model.signature.inputs if spec.optional}
+    message = pb.ModelConfig(
+        name=model.config.name,
+        platform=model.platform,
+        backend=model.backend,
+        default_model_filename=model.filename,
+        max_batch_size=size,
+        version_policy=_version_policy_message(model.config.version_policy),
+        instance_group=[_instance_group(model.config.name, model.instances)],
     )
-    _write_version_policy(message.version_policy, config.version_policy)
-    labels = {tensor.name: tensor.labels for tensor in config.outputs if tensor.labels}
-    for spec in signature.inputs:
-        message.input.add(name=spec.name, data_type=_enum(spec.datatype), dims=_dims(spec, signature), optional=spec.optional)
-    for spec in signature.outputs:
-        message.output.add(name=spec.name, data_type=_enum(spec.datatype), dims=_dims(spec, signature), label_filename=labels.get(spec.name, ""))
-    if signature.max_batch_size:
-        _write_batching(message.dynamic_batching, config.batching, signature.max_batch_size)
-    message.instance_group.add(name=f"{config.name}_0", count=instances.count, kind=2)
-    _write_parameters(message.parameters, config.parameters)
+    for spec, dims in _without_batch(model.signature.inputs, size):
+        message.input.add(name=spec.name, data_type=_data_type(spec), dims=dims, optional=spec.name in optional)
+    for spec, dims in _without_batch(model.signature.outputs, size):
+        message.output.add(name=spec.name, data_type=_data_type(spec), dims=dims, label_filename=labels.get(spec.name, ""))
+    for key, value in model.config.parameters.items():
+        message.parameters[key].string_value = value
+    if size:
+        message.dynamic_batching.CopyFrom(_dynamic_batching(model.batching, size))
     return message
 
 
-def _write_version_policy(policy: Any, text: str) -> None:
-    if text == "all":
-        policy.all.SetInParent()
-    elif text.startswith("latest:"):
-        policy.latest.num_versions = int(text.removeprefix("latest:"))
-    else:
-        policy.specific.versions.extend(int(number) for number in text.split(","))
+def _without_batch(specs: Iterable[TensorSpec], size: int) -> Iterator[tuple[TensorSpec, Sequence[int]]]:
+    for spec in specs:
+        yield spec, spec.shape[1:] if size else spec.shape
 
 
-def _write_batching(message: Any, batching: BatchingConfig, size: int) -> None:
-    message.preferred_batch_size.extend(batching.allowed_batch_sizes or (size,))
-    message.max_queue_delay_microseconds = round(batching.max_queue_delay * 1e6)
-    message.priority_levels = batching.priority_levels
-    message.default_priority_level = batching.default_priority_level
-    message.default_queue_policy.default_timeout_microseconds = round(batching.default_timeout * 1e6)
-    message.default_queue_policy.allow_timeout_override = batching.allow_timeout_override
-    message.default_queue_policy.max_queue_size = batching.max_queue_size
+def _data_type(spec: TensorSpec) -> int:
+    name = "STRING" if spec.datatype.value == "BYTES" else spec.datatype.value
+    return pb.POOL.FindEnumTypeByName("inference.DataType").values_by_name[f"TYPE_{name}"].number
 
 
-def _write_parameters(target: Any, parameters: Mapping[str, str]) -> None:
-    for key, value in parameters.items():
-        target[key].string_value = value
+def _version_policy_message(policy: str) -> pb.ModelVersionPolicy:
+    if policy == "all":
+        return pb.ModelVersionPolicy(all=pb.ModelVersionPolicy.All())
+    if policy.startswith("latest:"):
+        return pb.ModelVersionPolicy(latest=pb.ModelVersionPolicy.Latest(num_versions=int(policy.removeprefix("latest:"))))
+    return pb.ModelVersionPolicy(specific=pb.ModelVersionPolicy.Specific(versions=map(int, policy.split(","))))
 
 
-def _enum(datatype: DataType) -> str:
-    return "TYPE_STRING" if datatype is DataType.BYTES else f"TYPE_{datatype.value}"
+def _instance_group(model: str, instances: InstanceConfig) -> pb.ModelInstanceGroup:
+    kind = pb.ModelInstanceGroup.KIND_CPU if instances.device == "cpu" else pb.ModelInstanceGroup.KIND_AUTO
+    return pb.ModelInstanceGroup(name=f"{model}_0", kind=kind, count=instances.count)
 
 
-def _dims(spec: TensorSpec, signature: Signature) -> Sequence[int]:
-    return spec.shape[1:] if signature.max_batch_size else spec.shape
+def _dynamic_batching(batching: BatchingConfig, size: int) -> pb.ModelDynamicBatching:
+    return pb.ModelDynamicBatching(
+        preferred_batch_size=batching.allowed_batch_sizes or (size,),
+        max_queue_delay_microseconds=round(batching.max_queue_delay / _MICROSECOND),
+        priority_levels=batching.priority_levels,
+        default_priority_level=batching.default_priority_level,
+        default_queue_policy=pb.ModelQueuePolicy(
+            default_timeout_microseconds=round(batching.default_timeout / _MICROSECOND),
+            allow_timeout_override=batching.allow_timeout_override,
+            max_queue_size=batching.max_queue_size,
+        ),
+    )

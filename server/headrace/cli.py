@@ -1,0 +1,166 @@
+"""The command `headrace`. Exit codes: 0 done, 1 failed, 2 wrong use."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from headrace import __version__
+from headrace.config import ServerConfig
+from headrace.config_loading import ENVIRONMENT_PREFIX, load_server_config, option_keys
+from headrace.errors import ConfigError, HeadraceError
+
+if TYPE_CHECKING:
+    from headrace.app import Server
+    from headrace.lifecycle.effective import EffectiveModel
+
+DONE, FAILED, WRONG_USE = 0, 1, 2
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return int(options.run(options))
+    except ConfigError as error:
+        print(f"headrace: {error}", file=sys.stderr)
+        return WRONG_USE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="headrace", description="A high-performance model inference server.")
+    parser.add_argument("--version", action="version", version=f"headrace {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    serve = commands.add_parser("serve", help="serve models over gRPC", description="Serve models until SIGINT or SIGTERM.")
+    serve.add_argument("--config", type=Path, help="headrace.toml; below environment variables and flags")
+    for key, field in option_keys(ServerConfig).items():
+        _add_flag(serve, key, field)
+    serve.set_defaults(run=_serve)
+    check = commands.add_parser("check", help="show what would be served, and why", description="Show every model's settings and their origin.")
+    check.add_argument("repository", type=Path, help="a directory of models")
+    check.add_argument("--json", action="store_true", help="for machines")
+    check.set_defaults(run=_check)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, key: str, field: Any) -> None:
+    flag = "--" + key.replace("_", "-")
+    doc = f"{field.metadata['doc']} [{ENVIRONMENT_PREFIX}{key.upper()}]".replace("%", "%%")
+    if field.type.startswith("tuple"):
+        parser.add_argument(flag, dest=key, action="extend", nargs="+", metavar="VALUE", help=doc)
+    elif field.type == "bool":
+        parser.add_argument(flag, dest=key, action=argparse.BooleanOptionalAction, default=None, help=doc)
+    else:
+        parser.add_argument(flag, dest=key, metavar="VALUE", choices=field.metadata["choices"] or None, help=doc)
+
+
+def _serve(options: argparse.Namespace) -> int:
+    from headrace.app import run
+    from headrace.telemetry.log import configure_logging
+
+    flags = {key: getattr(options, key) for key in option_keys(ServerConfig) if getattr(options, key) is not None}
+    file = options.config or (Path(os.environ["HEADRACE_CONFIG"]) if "HEADRACE_CONFIG" in os.environ else None)
+    config = load_server_config(flags, os.environ, file)
+    if not config.models:
+        raise ConfigError("no models: expected --models DIR, HEADRACE_MODELS or `models` in headrace.toml")
+    check_runtime()
+    configure_logging(config.log_format, config.log_level)
+    return run(config, _greet if sys.stdout.isatty() else None)
+
+
+def _greet(server: Server) -> None:
+    """For a person at a terminal: what is up and what to try next."""
+    address = server.grpc_addresses[0]
+    models = ", ".join(sorted({version.model for version in server.models.find("", "") if version.is_live})) or "no model"
+    print(f"\nHeadrace {__version__} serves {models} on {address}.")
+    if server.http_address:
+        print(f"  metrics   curl http://{server.http_address}/metrics")
+        print(f"  health    curl http://{server.http_address}/readyz")
+    print(f"  client    python examples/client.py --url {address}\n  Ctrl-C finishes what is queued and stops.\n", flush=True)
+
+
+def check_runtime() -> None:
+    """onnxruntime and onnxruntime-gpu install the same import package; two of them overwrite each other's files.
+
+    Raises ConfigError when none or both are installed.
+    """
+    found = [name for name in ("onnxruntime", "onnxruntime-gpu") if _is_installed(name)]
+    if not found:
+        raise ConfigError("no ONNX Runtime is installed; expected one: pip install 'headrace[cpu]' or 'headrace[gpu]'")
+    if len(found) > 1:
+        raise ConfigError(
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other; "
+            "pip uninstall both, then install 'headrace[cpu]' or 'headrace[gpu]'"
+        )
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        distribution(name)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+# -- check -------------------------------------------------------------------------------------------------------------
+
+
+def _check(options: argparse.Namespace) -> int:
+    import asyncio
+
+    from headrace.backends.registry import load_backends
+    from headrace.lifecycle.effective import resolve_model
+    from headrace.lifecycle.policy import select_versions
+    from headrace.sources.directory import DirectorySource
+
+    check_runtime()
+    listing = asyncio.run(DirectorySource(str(options.repository)).list())
+    backends = load_backends()
+    results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
+    for model in listing.models.values():
+        for number in select_versions(list(model.versions), model.version_policy):
+            try:
+                effective = resolve_model(model.directory, model.versions[number].directory, backends)
+                results.append({"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)})
+            except HeadraceError as error:
+                results.append({"model": model.name, "version": number, "error": str(error)})
+    print(json.dumps(results, indent=2) if options.json else "\n".join(map(_format_result, results)))
+    return FAILED if not results or any("error" in result for result in results) else DONE
+
+
+def describe(effective: EffectiveModel) -> list[tuple[str, str, str]]:
+    """(setting, value, origin) of everything that decides how a version is served."""
+    origin = effective.provenance
+    rows = [("backend", effective.backend, origin.get("backend", "default"))]
+    rows.append(("filename", effective.filename, origin.get("filename", "the backend's default")))
+    for section in (effective.batching, effective.instances):
+        for key, field in option_keys(type(section)).items():
+            value = getattr(section, field.name)
+            if field.metadata.get("scale", 1) != 1:
+                value = round(value / field.metadata["scale"], 6)
+            rows.append((key, str(value), origin.get(key, "default")))
+    for kind, specs in (("input", effective.signature.inputs), ("output", effective.signature.outputs)):
+        for spec in specs:
+            shape = ",".join(str(dim) for dim in spec.shape)
+            text = f"{spec.datatype.value} [{shape}]" + (" optional" if spec.optional else "")
+            rows.append((f"{kind} {spec.name}", text, origin.get(f"{kind}.{spec.name}", effective.filename)))
+    return rows
+
+
+def _format_result(result: dict[str, Any]) -> str:
+    title = result["model"] + (f":{result['version']}" if "version" in result else "")
+    if "error" in result:
+        return f"{title}\n  cannot be served: {result['error']}\n"
+    rows = result["settings"]
+    widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+    lines = [f"  {name:<{widths[0]}}  {value:<{widths[1]}}  ({origin})" for name, value, origin in rows]
+    return "\n".join([title, *lines, *(f"  note: {note}" for note in result["notes"]), ""])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
