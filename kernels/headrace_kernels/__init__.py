@@ -1,0 +1,1 @@
+"""Device kernels and the numpy definition of each. Empty until the GPU work begins."""
