@@ -20,7 +20,7 @@ from headrace.wire import messages as pb
 
 BACKENDS_BY_PLATFORM = {"onnxruntime_onnx": "onnxruntime", "tensorrt_plan": "tensorrt"}
 
-_MICROSECOND = 1e-6
+_MICROSECONDS = 1_000_000  # in a second
 
 # -- config.pbtxt to ModelConfig -----------------------------------------------------------------------------------------
 
@@ -112,11 +112,15 @@ def _unsupported(given: pb.ModelConfig) -> Iterator[tuple[str, str]]:
         yield "model_operations.op_library_filename", "only the runtime's own operators are there"
     if given.model_repository_agents.agents:
         yield "model_repository_agents", "no agents can be loaded"
-    for tensor in (*given.input, *given.output):
+    for tensor in _tensors(given):
         yield from _unsupported_tensor(tensor)
     for group in given.instance_group:
         yield from _unsupported_group(group)
     yield from _unsupported_queue(given.dynamic_batching)
+
+
+def _tensors(given: pb.ModelConfig) -> list[pb.ModelInput | pb.ModelOutput]:
+    return [*given.input, *given.output]
 
 
 def _unsupported_tensor(tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[tuple[str, str]]:
@@ -169,7 +173,7 @@ def _max_batch_size(given: pb.ModelConfig) -> int | None:
     """
     if given.max_batch_size < 0:
         raise ConfigError(f"max_batch_size: expected a number of rows or 0, got {given.max_batch_size}")
-    has_dims = any(tensor.dims for tensor in (*given.input, *given.output))
+    has_dims = any(tensor.dims for tensor in _tensors(given))
     return given.max_batch_size if given.HasField("max_batch_size") or has_dims else None
 
 
@@ -181,12 +185,12 @@ def _batching(given: pb.ModelConfig, size: int | None) -> BatchingConfig:
     policy = asked.default_queue_policy
     return BatchingConfig(
         max_batch_size=size,
-        max_queue_delay=asked.max_queue_delay_microseconds * _MICROSECOND,
+        max_queue_delay=asked.max_queue_delay_microseconds / _MICROSECONDS,
         # Triton's 0 is an unbounded queue, which is also what a file gets that never thought of it; ours stays bounded.
         max_queue_size=policy.max_queue_size or defaults.max_queue_size,
         priority_levels=asked.priority_levels,
         default_priority_level=asked.default_priority_level,
-        default_timeout=policy.default_timeout_microseconds * _MICROSECOND,
+        default_timeout=policy.default_timeout_microseconds / _MICROSECONDS,
         allow_timeout_override=policy.allow_timeout_override if asked.HasField("default_queue_policy") else defaults.allow_timeout_override,
     )
 
@@ -377,11 +381,11 @@ def _instance_group(model: str, instances: InstanceConfig) -> pb.ModelInstanceGr
 def _dynamic_batching(batching: BatchingConfig, size: int) -> pb.ModelDynamicBatching:
     return pb.ModelDynamicBatching(
         preferred_batch_size=batching.allowed_batch_sizes or (size,),
-        max_queue_delay_microseconds=round(batching.max_queue_delay / _MICROSECOND),
+        max_queue_delay_microseconds=round(batching.max_queue_delay * _MICROSECONDS),
         priority_levels=batching.priority_levels,
         default_priority_level=batching.default_priority_level,
         default_queue_policy=pb.ModelQueuePolicy(
-            default_timeout_microseconds=round(batching.default_timeout / _MICROSECOND),
+            default_timeout_microseconds=round(batching.default_timeout * _MICROSECONDS),
             allow_timeout_override=batching.allow_timeout_override,
             max_queue_size=batching.max_queue_size,
         ),
