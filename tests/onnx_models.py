@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def mlp(*widths: int, seed: int = 0) -> ModelProto:
     """x[N, first] -> y[N, last], dense layers with ReLU between them, e.g. mlp(16, 64, 64, 4)."""
     generator = np.random.default_rng(seed)
     nodes, weights, previous = [], [], "x"
-    for layer, (wide, narrow) in enumerate(zip(widths, widths[1:], strict=False)):
+    for layer, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         is_last = layer == len(widths) - 2
         weight = generator.standard_normal((wide, narrow), np.float32) / np.float32(np.sqrt(wide))
         weights += [numpy_helper.from_array(weight, f"w{layer}"), numpy_helper.from_array(np.zeros(narrow, np.float32), f"b{layer}")]
