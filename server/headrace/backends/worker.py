@@ -117,6 +117,7 @@ class Worker:
         self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_stopping = False
         self._work: tuple[Batcher, BatchRunner] | None = None
+        self._inline: tuple[Batcher, BatchRunner] | None = None
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -134,8 +135,20 @@ class Worker:
         self._work = (batcher, runner)
         self._doorbell.put(None)
 
+    def serve_inline(self, batcher: Batcher, runner: BatchRunner) -> None:
+        """Instead of `serve`: run batches on the threads that bring the requests; this one only keeps the backend's life."""
+        self._inline = (batcher, runner)
+        batcher.take(self)
+
     def wake(self) -> None:
-        self._doorbell.put(None)
+        if self._inline is None:
+            self._doorbell.put(None)
+            return
+        batcher, runner = self._inline
+        tickets, _ = batcher.take(self)
+        while tickets:
+            batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
+            tickets, _ = batcher.take(self)
 
     def stop(self) -> None:
         """Let the thread end after its present batch and close the backend there. Returns at once; `join` waits."""
@@ -151,7 +164,6 @@ class Worker:
 
     def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
         backend = self._backend
-        del self._backend  # the thread's local is the only reference, so that close() really frees the session
         try:
             backend.load()
             ready.set_result(warm_up(backend))

@@ -18,7 +18,7 @@ from headrace.telemetry.counters import CounterShard, FailureReason
 
 
 class Instance(Protocol):
-    """A free instance that can be woken. `wake` is called under the batcher's lock and must not block."""
+    """A free instance that can be woken. `wake` may run batches on the calling thread; it is never called under the lock."""
 
     def wake(self) -> None: ...
 
@@ -29,18 +29,43 @@ class Timer(Protocol):
     def __call__(self, when: float, callback: Callable[[], None]) -> None: ...
 
 
+class Schedule(Protocol):
+    """Runs a short callback soon: at once, or once everything that was received together has been submitted.
+
+    Equal callbacks that still wait may run once for all.
+    """
+
+    def __call__(self, callback: Callable[[], None]) -> None: ...
+
+
+def at_once(callback: Callable[[], None]) -> None:
+    callback()
+
+
 class Batcher:
-    """Owns the queue, the set of idle instances and the number of unsettled tickets of one version, all under one lock."""
+    """Owns the queue, the set of idle instances and the number of unsettled tickets of one version, all under one lock.
+
+    `batch_limit`: rows beyond which another request is not added to a batch.
+    """
 
     def __init__(
-        self, name: str, config: BatchingConfig, *, clock: Callable[[], float], timer: Timer, shard: CounterShard
+        self,
+        name: str,
+        config: BatchingConfig,
+        *,
+        batch_limit: int,
+        clock: Callable[[], float],
+        timer: Timer,
+        shard: CounterShard,
+        schedule: Schedule = at_once,
     ) -> None:
         self._name = name
         self._delay = config.max_queue_delay
         self._max_queue_rows = config.max_queue_size
-        self._queue = BatchQueue(max(config.max_batch_size or 1, 1), config.max_queue_size)
+        self._queue = BatchQueue(batch_limit, config.max_queue_size)
         self._clock = clock
         self._timer = timer
+        self._schedule = schedule
         self._armed = NEVER
         self._shard = shard
         self._lock = threading.Lock()
@@ -83,10 +108,17 @@ class Batcher:
                 )
             self._queue.push(ticket)
             self._unsettled += 1
-            if self._idle:
-                self._idle.pop().wake()
+            has_idle = bool(self._idle)
             if ticket.expires < self._armed:
                 self._arm(ticket.expires)
+        if has_idle:
+            self._schedule(self._wake_one)
+
+    def _wake_one(self) -> None:
+        with self._lock:
+            instance = self._idle.pop() if self._idle and self._queue.requests else None
+        if instance is not None:
+            instance.wake()
 
     def count_failure(self, reason: FailureReason) -> None:
         """For requests refused before they became tickets; the shard has one writer at a time, hence the lock."""
@@ -97,6 +129,7 @@ class Batcher:
         """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
         now = self._clock()
         with self._lock:
+            helper: Instance | None = None
             expired = self._queue.expire(now)
             ready_at = self._ready_at()
             tickets = self._queue.take() if ready_at <= now else []
@@ -104,9 +137,14 @@ class Batcher:
                 # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
                 if instance not in self._idle:
                     self._idle.append(instance)
-            elif instance in self._idle:
-                self._idle.remove(instance)
+            else:
+                if instance in self._idle:
+                    self._idle.remove(instance)
+                if self._idle and self._queue.requests:
+                    helper = self._idle.pop()
         self._fail_expired(expired)
+        if helper is not None:
+            helper.wake()
         return tickets, ready_at
 
     def _ready_at(self) -> float:
@@ -165,9 +203,9 @@ class Batcher:
             self._closed_reason = reason
             self._when_drained = when_drained
             is_drained = self._unsettled == 0
-            for instance in self._idle:
-                instance.wake()
-            self._idle.clear()
+            idle, self._idle = self._idle, []
+        for instance in idle:
+            instance.wake()
         if is_drained:
             self._report_drained()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import structlog
 
 from headrace.backends.base import BackendRegistry
-from headrace.batching.batcher import Timer
+from headrace.batching.batcher import Schedule, Timer, at_once
 from headrace.errors import InvalidRequest, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.state import INDEX_STATES, VersionState
 from headrace.lifecycle.version import ModelVersion
@@ -47,9 +47,12 @@ class _Model:
 class ModelManager:
     """Owns the table of models and the routes. Everything but `resolve` belongs to the event loop; `resolve` reads one snapshot."""
 
-    def __init__(self, backends: BackendRegistry, timer: Callable[[], Timer], *, load_concurrency: int = 2) -> None:
+    def __init__(
+        self, backends: BackendRegistry, timer: Callable[[], Timer], schedule: Schedule = at_once, *, load_concurrency: int = 2
+    ) -> None:
         self._backends = backends
         self._timer = timer
+        self._schedule = schedule
         self._loads = asyncio.Semaphore(load_concurrency)
         self._models: dict[str, _Model] = {}
         self._routes: dict[str, Route] = {}
@@ -134,7 +137,7 @@ class ModelManager:
             log.error("model not loadable", model=model, reason=reason)
         async with asyncio.TaskGroup() as group:
             for want in wanted:
-                version = ModelVersion(want.model, want.version, timer=self._timer, on_change=self._changed)
+                version = ModelVersion(want.model, want.version, timer=self._timer, schedule=self._schedule, on_change=self._changed)
                 self._models.setdefault(want.model, _Model()).versions[want.version] = version
                 group.create_task(self._load(version, want))
         self._has_settled = True

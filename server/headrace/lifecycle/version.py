@@ -12,7 +12,8 @@ import structlog
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
-from headrace.batching.batcher import Batcher, Timer
+from headrace.batching.batcher import Batcher, Schedule, Timer
+from headrace.batching.latency import is_tiny, worthwhile_batch
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
@@ -35,6 +36,7 @@ class ModelVersion:
         version: int,
         *,
         timer: Callable[[], Timer],
+        schedule: Schedule,
         on_change: Callable[[ModelVersion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -47,6 +49,7 @@ class ModelVersion:
         self.latencies: dict[int, float] = {}
         self.load_seconds = 0.0
         self._timer = timer
+        self._schedule = schedule
         self._on_change = on_change
         self._clock = clock
         self._batcher: Batcher | None = None
@@ -155,10 +158,25 @@ class ModelVersion:
         counters = VersionCounters()
         self.counters = counters
         encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
-        batcher = Batcher(self.name, effective.batching, clock=self._clock, timer=self._timer(), shard=counters.shard())
+        limit = worthwhile_batch(self.latencies, effective.signature.max_batch_size)
+        batcher = Batcher(
+            self.name,
+            effective.batching,
+            batch_limit=limit,
+            clock=self._clock,
+            timer=self._timer(),
+            schedule=self._schedule,
+            shard=counters.shard(),
+        )
         allowed = effective.batching.allowed_batch_sizes
+        is_inline = is_tiny(self.latencies) and len(self._workers) == 1 and not effective.batching.max_queue_delay
         for worker in self._workers:
-            worker.serve(batcher, BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard()))
+            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard())
+            if is_inline:
+                worker.serve_inline(batcher, runner)
+            else:
+                worker.serve(batcher, runner)
+        log.debug("instances opened", version=self.name, batch_limit=limit, inline=is_inline)
         self._batcher = batcher
 
     def _log_live(self) -> None:

@@ -82,16 +82,7 @@ class ControlService:
     def _model_config(self, request: Message, response: Message) -> None:
         effective = self._models.resolve(request.name, request.version).effective
         assert effective is not None
-        response.config.CopyFrom(
-            model_config_message(
-                effective.config,
-                effective.signature,
-                effective.instances,
-                backend=effective.backend,
-                platform=effective.platform,
-                filename=effective.filename,
-            )
-        )
+        response.config.CopyFrom(model_config_message(effective))
 
     def _model_statistics(self, request: Message, response: Message) -> None:
         versions = [v for v in self._models.find(request.name, request.version) if v.state is VersionState.LIVE]
@@ -153,7 +144,7 @@ def _write_statistics(target: Any, version: VersionView) -> None:
 
 def _write_durations(target: Any, counted: CounterSnapshot) -> None:
     durations = (target.success, target.queue, target.compute_input, target.compute_infer, target.compute_output)
-    for duration, seconds in zip(durations, counted.seconds.tolist(), strict=True):
+    for duration, seconds in zip(durations, counted.seconds, strict=True):
         duration.count = counted.success
         duration.ns = round(seconds * 1e9)
     target.fail.count = sum(counted.failures)
