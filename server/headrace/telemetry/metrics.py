@@ -1,33 +1,71 @@
-"""Prometheus families, built from the counters of live versions when somebody scrapes and at no other time."""
+"""What /metrics says: families of the versions, made from their counters when somebody scrapes and at no other time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import asyncio
+import platform
+from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, InfoMetricFamily, Metric
+from prometheus_client import CollectorRegistry, GCCollector, ProcessCollector
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from headrace import __version__
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import VersionView
-from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, FailureReason, Stage
+from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, FailureReason, Stage
+from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
+from headrace.telemetry.machine import MachineCollector
 
-_LABELS = ("model", "version")
-_STAGES = {
-    Stage.REQUEST: ("request", "From the arrival of a request to its encoded answer."),
-    Stage.QUEUE: ("queue", "From a request's admission to the start of its batch."),
-    Stage.COMPUTE_INPUT: ("compute_input", "Gathering a batch's inputs, for each request in it."),
-    Stage.COMPUTE: ("compute", "Running the model on a batch, for each request in it."),
-    Stage.COMPUTE_OUTPUT: ("compute_output", "Encoding a batch's answers, for each request in it."),
-}
-_TRITON_STAGES = {
-    Stage.REQUEST: "nv_inference_request_duration_us",
-    Stage.QUEUE: "nv_inference_queue_duration_us",
-    Stage.COMPUTE_INPUT: "nv_inference_compute_input_duration_us",
-    Stage.COMPUTE: "nv_inference_compute_infer_duration_us",
-    Stage.COMPUTE_OUTPUT: "nv_inference_compute_output_duration_us",
-}
+_VERSIONS_AT_ONCE = 8
+"""One version takes 60 µs. The event loop gets a turn after so many: of 50 versions and 4 ms no stretch is longer than 1 ms."""
+
+_COUNTED_STATES = frozenset({VersionState.LIVE, VersionState.DRAINING, VersionState.UNLOADING})
+"""Before it is live a version has counted nothing, and the series of an unloaded one vanish, as Triton's do."""
+
+_HISTOGRAMS = (
+    ("headrace_request_duration_seconds", Stage.REQUEST, "From the arrival of a request to its encoded answer."),
+    ("headrace_queue_duration_seconds", Stage.QUEUE, "From a request's admission to the start of its batch."),
+    ("headrace_compute_input_duration_seconds", Stage.COMPUTE_INPUT, "Gathering a batch's inputs, for each request in it."),
+    ("headrace_compute_duration_seconds", Stage.COMPUTE, "Running the model on a batch, for each request in it."),
+    ("headrace_compute_output_duration_seconds", Stage.COMPUTE_OUTPUT, "Encoding a batch's answers, for each request in it."),
+)
+
+_Count = Callable[[CounterSnapshot], float]
+
+_COUNTERS: tuple[tuple[str, str, _Count], ...] = (
+    ("headrace_rows_total", "Rows inferred, without padding.", lambda counts: counts.rows),
+    ("headrace_batches_total", "Batches run.", lambda counts: counts.batches),
+    ("headrace_padding_rows_total", "Rows added to reach an allowed batch size.", lambda counts: counts.padding),
+    ("nv_inference_request_success", "Requests answered.", lambda counts: counts.success),
+    ("nv_inference_count", "Rows inferred, without padding.", lambda counts: counts.rows),
+    ("nv_inference_exec_count", "Batches run.", lambda counts: counts.batches),
+    ("nv_inference_request_duration_us", "Microseconds of requests.", lambda counts: _microseconds(counts, Stage.REQUEST)),
+    ("nv_inference_queue_duration_us", "Microseconds in the queue.", lambda counts: _microseconds(counts, Stage.QUEUE)),
+    (
+        "nv_inference_compute_input_duration_us",
+        "Microseconds of gathering inputs.",
+        lambda counts: _microseconds(counts, Stage.COMPUTE_INPUT),
+    ),
+    (
+        "nv_inference_compute_infer_duration_us",
+        "Microseconds of running the model.",
+        lambda counts: _microseconds(counts, Stage.COMPUTE),
+    ),
+    (
+        "nv_inference_compute_output_duration_us",
+        "Microseconds of encoding answers.",
+        lambda counts: _microseconds(counts, Stage.COMPUTE_OUTPUT),
+    ),
+)
+
+_GAUGES: tuple[tuple[str, str, Callable[[VersionView], float]], ...] = (
+    ("headrace_pending_rows", "Rows that wait in the queue.", lambda version: version.pending_rows),
+    ("headrace_load_duration_seconds", "From discovery to live.", lambda version: version.load_seconds),
+    ("nv_inference_pending_request_count", "Requests that wait in the queue.", lambda version: version.pending_requests),
+    ("nv_model_load_duration_secs", "From discovery to live.", lambda version: version.load_seconds),
+)
+
 _OUTCOMES = {
     FailureReason.REJECTED: "rejected",
     FailureReason.CANCELED: "cancelled",
@@ -36,122 +74,89 @@ _OUTCOMES = {
 }
 
 
-def make_registry(versions: Callable[[], Iterable[VersionView]]) -> CollectorRegistry:
-    """A registry of its own: two servers in one process must not meet in the global one."""
-    registry = CollectorRegistry()
-    registry.register(VersionCollector(versions))
-    ProcessCollector(registry=registry)
-    return registry
+def _microseconds(counts: CounterSnapshot, stage: Stage) -> int:
+    return round(counts.seconds[stage] * 1e6)
 
 
-class VersionCollector(Collector):
+class VersionFamilies:
+    """The families of one scrape. `add` each version once, then take the `lines`."""
+
+    def __init__(self) -> None:
+        self._states = Family("headrace_version_state", "gauge", "1 for the state that a version is in.")
+        self._requests = Family("headrace_requests_total", "counter", "Requests by how they ended.")
+        self._dispatches = Family("headrace_dispatches_total", "counter", "Batches by why they were started.")
+        self._failures = Family("nv_inference_request_failure", "counter", "Requests failed, by reason.")
+        self._rows = HistogramFamily("headrace_batch_rows", "Rows of the batches that ran, without padding.", ROW_EDGES)
+        self._stages = [(HistogramFamily(name, doc, DURATION_EDGES), stage) for name, stage, doc in _HISTOGRAMS]
+        self._counters = [(Family(name, "counter", doc), count) for name, doc, count in _COUNTERS]
+        self._gauges = [(Family(name, "gauge", doc), measure) for name, doc, measure in _GAUGES]
+
+    def add(self, version: VersionView) -> None:
+        labels = format_labels({"model": version.model, "version": str(version.version)})
+        if version.state is not VersionState.UNLOADED:
+            self._states.add(f'{labels},state="{version.state.value}"', 1)
+        if version.state in _COUNTED_STATES:
+            self._add_counts(labels, version.counters.snapshot())
+            for family, measure in self._gauges:
+                family.add(labels, measure(version))
+
+    def _add_counts(self, labels: str, counts: CounterSnapshot) -> None:
+        for histogram, stage in self._stages:
+            histogram.add_histogram(labels, counts.buckets[stage], counts.seconds[stage])
+        self._rows.add_histogram(labels, counts.row_buckets, counts.rows)
+        for counter, count in self._counters:
+            counter.add(labels, count(counts))
+        self._requests.add(f'{labels},outcome="success"', counts.success)
+        # All reasons from the start: a rate over a series that appears with its first failure misses that failure.
+        for reason, outcome in _OUTCOMES.items():
+            self._requests.add(f'{labels},outcome="{outcome}"', counts.failures[reason])
+            self._failures.add(f'{labels},reason="{reason.name}"', counts.failures[reason])
+        for dispatch in DispatchReason if any(counts.dispatches) else ():
+            self._dispatches.add(f'{labels},reason="{dispatch.name.lower()}"', counts.dispatches[dispatch])
+
+    def lines(self, is_openmetrics: bool) -> list[str]:
+        families = [self._states, self._requests, self._dispatches, self._failures, self._rows]
+        families += [family for family, _ in (*self._stages, *self._counters, *self._gauges)]
+        return [line for family in families for line in family.lines(is_openmetrics)]
+
+
+class MetricsRegistry:
+    """One server's metrics, in no global registry, so that two servers in one process do not meet. Event loop only.
+
+    Beside the versions it holds any prometheus_client collector that is registered; those have few samples.
+    """
+
     def __init__(self, versions: Callable[[], Iterable[VersionView]]) -> None:
         self._versions = versions
+        self._others = CollectorRegistry()
+        ProcessCollector(registry=self._others)
+        GCCollector(registry=self._others)
+        self.register(MachineCollector())
 
-    def describe(self) -> Iterable[Metric]:
-        return []
+    def register(self, collector: Collector) -> None:
+        self._others.register(collector)
 
-    def collect(self) -> Iterator[Metric]:
-        yield InfoMetricFamily("headrace_build", "The running server.", value={"version": __version__})
-        versions = list(self._versions())
-        yield _states(versions)
-        serving = [v for v in versions if v.state in (VersionState.LIVE, VersionState.DRAINING)]
-        counted = [((v.model, str(v.version)), v.counters.snapshot()) for v in serving]
-        yield from _histograms(counted)
-        yield from _counters(counted)
-        yield from _gauges(serving)
-        yield from _triton(counted)
-
-
-_Counted = Sequence[tuple[tuple[str, str], CounterSnapshot]]
-
-
-def _states(versions: Sequence[VersionView]) -> Metric:
-    family = GaugeMetricFamily("headrace_version_state", "1 for the state that a version is in.", labels=(*_LABELS, "state"))
-    for version in versions:
-        family.add_metric((version.model, str(version.version), version.state.value), 1)
-    return family
+    async def scrape(self, accept: str = "") -> tuple[bytes, str]:
+        """The body and its content type, as the `Accept` header wants them: OpenMetrics or plain text."""
+        encode_others, content_type = choose_encoder(accept)
+        is_openmetrics = content_type.startswith("application/openmetrics-text")
+        families = VersionFamilies()
+        for position, version in enumerate(self._versions(), start=1):
+            families.add(version)
+            if position % _VERSIONS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        text = "\n".join([*_build_lines(), *families.lines(is_openmetrics), ""]).encode()
+        await asyncio.sleep(0)
+        # The others come last, because their encoder ends the text (OpenMetrics wants `# EOF`).
+        return text + encode_others(self._others), content_type
 
 
-def _histograms(counted: _Counted) -> Iterator[Metric]:
-    for stage, (name, doc) in _STAGES.items():
-        family = HistogramMetricFamily(f"headrace_{name}_duration_seconds", doc, labels=_LABELS)
-        for labels, counts in counted:
-            family.add_metric(labels, _buckets(DURATION_EDGES, counts.buckets[stage].tolist()), float(counts.seconds[stage]))
-        yield family
-    family = HistogramMetricFamily("headrace_batch_rows", "Rows of the batches that ran, without padding.", labels=_LABELS)
-    for labels, counts in counted:
-        family.add_metric(labels, _buckets(ROW_EDGES, counts.row_buckets.tolist()), counts.rows)
-    yield family
+def _build_lines() -> list[str]:
+    family = Family("headrace_build_info", "gauge", "1, labelled with what is running.")
+    family.add(format_labels({"version": __version__, "python": platform.python_version()}), 1)
+    return family.lines(is_openmetrics=False)
 
 
-def _buckets(edges: Sequence[float], counts: Sequence[int]) -> list[tuple[str, float]]:
-    """Cumulative, as the exposition format wants them."""
-    total = 0
-    buckets: list[tuple[str, float]] = []
-    for edge, count in zip([*map(_format_edge, edges), "+Inf"], counts, strict=True):
-        total += count
-        buckets.append((edge, total))
-    return buckets
-
-
-def _format_edge(edge: float) -> str:
-    return f"{edge:g}" if edge >= 1e-4 else f"{edge:.5f}"
-
-
-def _counters(counted: _Counted) -> Iterator[Metric]:
-    requests = CounterMetricFamily("headrace_requests", "Requests by how they ended.", labels=(*_LABELS, "outcome"))
-    rows = CounterMetricFamily("headrace_rows", "Rows inferred.", labels=_LABELS)
-    batches = CounterMetricFamily("headrace_batches", "Batches run.", labels=_LABELS)
-    padding = CounterMetricFamily("headrace_padding_rows", "Rows added to reach an allowed batch size.", labels=_LABELS)
-    for labels, counts in counted:
-        requests.add_metric((*labels, "success"), counts.success)
-        for reason, outcome in _OUTCOMES.items():
-            requests.add_metric((*labels, outcome), counts.failures[reason])
-        rows.add_metric(labels, counts.rows)
-        batches.add_metric(labels, counts.batches)
-        padding.add_metric(labels, counts.padding)
-    yield from (requests, rows, batches, padding)
-
-
-def _gauges(versions: Sequence[VersionView]) -> Iterator[Metric]:
-    gauges = (
-        GaugeMetricFamily("headrace_pending_rows", "Rows that wait in the queue.", labels=_LABELS),
-        GaugeMetricFamily("nv_inference_pending_request_count", "Requests that wait in the queue.", labels=_LABELS),
-        GaugeMetricFamily("headrace_load_duration_seconds", "From discovery to live.", labels=_LABELS),
-        GaugeMetricFamily("nv_model_load_duration_secs", "From discovery to live.", labels=_LABELS),
-    )
-    for version in versions:
-        labels = (version.model, str(version.version))
-        values = (version.pending_rows, version.pending_requests, version.load_seconds, version.load_seconds)
-        for gauge, value in zip(gauges, values, strict=True):
-            gauge.add_metric(labels, value)
-    yield from gauges
-
-
-class _BareCounter(Metric):
-    """A counter whose samples carry no `_total`, as Triton names them: prometheus_client would add it."""
-
-    def __init__(self, name: str, documentation: str, labels: Sequence[str] = _LABELS) -> None:
-        super().__init__(name, documentation, "unknown")
-        self._label_names = labels
-
-    def add(self, labels: Sequence[str], value: float) -> None:
-        self.add_sample(self.name, dict(zip(self._label_names, labels, strict=True)), value)
-
-
-def _triton(counted: _Counted) -> Iterator[Metric]:
-    success = _BareCounter("nv_inference_request_success", "Requests answered.")
-    failure = _BareCounter("nv_inference_request_failure", "Requests failed.", (*_LABELS, "reason"))
-    rows = _BareCounter("nv_inference_count", "Rows inferred.")
-    batches = _BareCounter("nv_inference_exec_count", "Batches run.")
-    durations = {stage: _BareCounter(name, "Cumulative microseconds.") for stage, name in _TRITON_STAGES.items()}
-    for labels, counts in counted:
-        success.add(labels, counts.success)
-        for reason in FailureReason:
-            failure.add((*labels, reason.name), counts.failures[reason])
-        rows.add(labels, counts.rows)
-        batches.add(labels, counts.batches)
-        for stage, family in durations.items():
-            family.add(labels, round(float(counts.seconds[stage]) * 1e6))
-    yield from (success, failure, rows, batches, *durations.values())
+def make_registry(versions: Callable[[], Iterable[VersionView]]) -> MetricsRegistry:
+    """The metrics of the versions that `versions` returns at each scrape, of this process and of the machine."""
+    return MetricsRegistry(versions)
