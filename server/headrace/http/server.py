@@ -3,62 +3,89 @@
 from __future__ import annotations
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry
-from prometheus_client.exposition import choose_encoder
 
 from headrace.errors import ConfigError
 from headrace.lifecycle.view import ModelsView
+from headrace.telemetry.metrics import MetricsRegistry
 
-ENDPOINTS = "Headrace\n\n/metrics   Prometheus metrics\n/livez     the process serves\n/readyz    every wanted model is live\n"
+_ENDPOINTS = """\
+Headrace
+
+/metrics   Prometheus metrics: plain text or OpenMetrics
+/livez     200 while the process runs
+/readyz    200 when every wanted model is live, else 503 and what is missing
+"""
+
+_STOP_SECONDS = 1.0
+"""For answers under way when the server stops. Idle connections of scrapers and probes are closed at once."""
 
 
 class HttpServer:
-    """Owns one listening socket. Event loop only."""
+    """Owns one listening socket. Event loop only; `start` and `stop` once each."""
 
-    def __init__(self, listener: str, models: ModelsView, registry: CollectorRegistry) -> None:
+    def __init__(self, listener: str, models: ModelsView, registry: MetricsRegistry) -> None:
         self._host, _, port = listener.rpartition(":")
         self._port = int(port)
         self._models = models
         self._registry = registry
         self._runner: web.AppRunner | None = None
 
+    def __repr__(self) -> str:
+        return f"HttpServer({self._host}:{self._port}, running={self._runner is not None})"
+
     async def start(self) -> str:
-        """Bind and serve. Returns HOST:PORT as bound. Raises ConfigError when it cannot be."""
+        """Bind and serve. Returns HOST:PORT as bound. Raises ConfigError when the address cannot be bound."""
+        runner = web.AppRunner(self._make_app(), access_log=None, shutdown_timeout=_STOP_SECONDS)
+        await runner.setup()
+        site = web.TCPSite(runner, self._host.strip("[]"), self._port)
+        try:
+            await site.start()
+        except OSError as error:
+            await runner.cleanup()
+            raise ConfigError(f"http: expected an address to listen on, got {self._host}:{self._port}: {error}") from error
+        self._runner = runner
+        self._port = runner.addresses[0][1]
+        return f"{self._host}:{self._port}"
+
+    async def stop(self) -> None:
+        """Close the socket and all connections. Without effect when not running."""
+        runner, self._runner = self._runner, None
+        if runner is not None:
+            await runner.cleanup()
+
+    def _make_app(self) -> web.Application:
         app = web.Application()
         app.router.add_get("/", self._root)
         app.router.add_get("/metrics", self._metrics)
-        # The second names are Triton's: probes in existing deployments point at them.
+        # The second names are Triton's and KServe's: probes of existing deployments point at them.
         for path in ("/livez", "/v2/health/live"):
             app.router.add_get(path, self._livez)
         for path in ("/readyz", "/v2/health/ready"):
             app.router.add_get(path, self._readyz)
-        self._runner = web.AppRunner(app, access_log=None)
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, self._host.strip("[]"), self._port, shutdown_timeout=1.0)
-        try:
-            await site.start()
-        except OSError as error:
-            await self._runner.cleanup()
-            raise ConfigError(f"http: could not listen on {self._host}:{self._port}: {error.strerror or error}") from None
-        return f"{self._host}:{self._runner.addresses[0][1]}"
-
-    async def stop(self) -> None:
-        if self._runner is not None:
-            await self._runner.cleanup()
+        return app
 
     async def _root(self, request: web.Request) -> web.Response:
-        return web.Response(text=ENDPOINTS)
+        return web.Response(text=_ENDPOINTS)
 
     async def _metrics(self, request: web.Request) -> web.Response:
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(body=encode(self._registry), headers={"Content-Type": content_type})
+        body, content_type = await self._registry.scrape(request.headers.get("Accept", ""))
+        response = web.Response(body=body, headers={"Content-Type": content_type})
+        # In an executor's thread, without the GIL; 720 kB of 50 versions become 41 kB in 4 ms.
+        response.enable_compression()
+        return response
 
     async def _livez(self, request: web.Request) -> web.Response:
-        return self._answer(self._models.is_live)
+        # Also while it drains: whoever asks this decides whether to kill the process, and requests are still being finished.
+        return web.json_response({"live": True})
 
     async def _readyz(self, request: web.Request) -> web.Response:
-        return self._answer(self._models.is_ready)
+        if self._models.is_ready:
+            return web.json_response({"ready": True})
+        rows = [entry for entry in self._models.index() if entry.state != "READY"]
+        models = [{"model": row.model, "version": row.version, "state": row.state, "reason": row.reason} for row in rows]
+        return web.json_response({"ready": False, "reason": self._why_not_ready(len(rows)), "models": models}, status=503)
 
-    def _answer(self, is_good: bool) -> web.Response:
-        rows = [{"model": e.model, "version": e.version, "state": e.state, "reason": e.reason} for e in self._models.index()]
-        return web.json_response({"ok": is_good, "models": rows}, status=200 if is_good else 503)
+    def _why_not_ready(self, missing: int) -> str:
+        if not self._models.is_live:
+            return "the server is shutting down"
+        return f"{missing} models or versions are not ready" if missing else "the server is starting"
