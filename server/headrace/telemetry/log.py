@@ -1,37 +1,76 @@
-"""One line an event, for people or for machines. Called by the command line only; importing configures nothing."""
+"""One line an event, for people or for machines. Called by the command line only; importing configures nothing.
+
+Everything goes through the standard library's root logger, so that what grpc, asyncio, aiohttp and `warnings` say comes out
+in the same form as our own events.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Any, TextIO
+from typing import TextIO
 
 import structlog
+from structlog.typing import EventDict, Processor, WrappedLogger
+
+_FIRST = ("ts", "level", "event", "logger")
+_CONTROL = {code: f"\\x{code:02x}" for code in (*range(32), 127) if chr(code) not in "\t\n"}
+"""A client's string, such as a request id, must not steer a terminal or end a line. The renderer itself escapes \\n."""
 
 
 def configure_logging(format: str, level: str, stream: TextIO | None = None) -> None:
-    """`format`: console, json, or auto (console on a terminal). Replaces the root logger's handlers."""
+    """Send all logging to `stream` (stderr) in place of the root logger's handlers; call again to change it.
+
+    `format`: 'console' (logfmt; colours and readable tracebacks on a terminal), 'json', or 'auto': console on a terminal, else
+    JSON. `level`: the name of the least level that is logged.
+    """
     stream = stream or sys.stderr
-    is_console = format == "console" or (format == "auto" and stream.isatty())
-    shared: list[Any] = [
+    shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso", utc=True, key="ts"),
+        structlog.processors.StackInfoRenderer(),
     ]
-    last: list[Any] = [structlog.stdlib.ProcessorFormatter.remove_processors_meta]
-    if is_console:
-        last.append(structlog.dev.ConsoleRenderer(colors=stream.isatty(), timestamp_key="ts"))
-    else:
-        last += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer(default=str)]
     structlog.configure(
-        processors=[structlog.stdlib.filter_by_level, *shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[
+            structlog.stdlib.filter_by_level,
+            structlog.stdlib.PositionalArgumentsFormatter(),
+            *shared,
+            structlog.stdlib.ProcessorFormatter.wrap_for_formatter,
+        ],
         logger_factory=structlog.stdlib.LoggerFactory(),
         wrapper_class=structlog.stdlib.BoundLogger,
-        cache_logger_on_first_use=True,
+        # Loggers are module constants: a cached one would keep the first configuration for good. Events are rare enough.
+        cache_logger_on_first_use=False,
     )
     handler = logging.StreamHandler(stream)
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=last))
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=_renderers(format, stream)))
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(level.upper())
+    logging.captureWarnings(True)
+
+
+def _renderers(format: str, stream: TextIO) -> list[Processor]:
+    """What turns an event into text. Cases: json; console on a terminal; console into a file or pipe."""
+    if format not in ("auto", "console", "json"):
+        raise ValueError(f"log format: expected auto, console or json, got {format!r}")
+    remove = structlog.stdlib.ProcessorFormatter.remove_processors_meta
+    is_terminal = stream.isatty()
+    if format == "json" or (format == "auto" and not is_terminal):
+        return [remove, structlog.processors.format_exc_info, _order, structlog.processors.JSONRenderer(default=str)]
+    if is_terminal:
+        plain = structlog.dev.plain_traceback  # the richer ones print the locals: tensors, for pages
+        return [remove, structlog.dev.ConsoleRenderer(colors=True, timestamp_key="ts", exception_formatter=plain)]
+    logfmt = structlog.processors.LogfmtRenderer(key_order=_FIRST, drop_missing=True, bool_as_flag=False)
+    return [remove, structlog.processors.format_exc_info, _escape_control, logfmt]
+
+
+def _order(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    first = {key: event.pop(key) for key in _FIRST if key in event}
+    return {**first, **event}
+
+
+def _escape_control(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    return {key: value.translate(_CONTROL) if isinstance(value, str) else value for key, value in event.items()}
