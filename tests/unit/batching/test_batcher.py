@@ -1,0 +1,203 @@
+"""The batcher under random walks: everything that can happen to a ticket, in every order, in virtual time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+
+import pytest
+from headrace.batching.batcher import Batcher
+from headrace.config import BatchingConfig
+from headrace.errors import BackendError, Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.requests import Reply, Ticket
+from headrace.telemetry.counters import FailureReason, VersionCounters
+from headrace.testing import CollectingOutlet
+
+
+class World:
+    """A batcher with a clock and a timer that the test turns by hand."""
+
+    def __init__(self, batch_limit: int = 8, **config: object) -> None:
+        self.now = 0.0
+        self.timer: tuple[float, Callable[[], None]] | None = None
+        self.outlet = CollectingOutlet()
+        self.counters = VersionCounters()
+        self.batcher = Batcher(
+            "m:1",
+            BatchingConfig(**config),  # type: ignore[arg-type]
+            batch_limit=batch_limit,
+            clock=lambda: self.now,
+            timer=self.set_timer,
+            shard=self.counters.shard(),
+        )
+
+    def set_timer(self, when: float, callback: Callable[[], None]) -> None:
+        self.timer = (when, callback)
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+        while self.timer is not None and self.timer[0] <= self.now:
+            _, callback = self.timer
+            self.timer = None
+            callback()
+
+    def submit(self, id: str, rows: int = 1, key: object = (), expires: float = float("inf"), deadline: float | None = None) -> Ticket:
+        ticket = Ticket(Reply(self.outlet, deadline), rows, key, (), (), id=id, expires=expires)  # type: ignore[arg-type]
+        self.batcher.submit(ticket)
+        return ticket
+
+
+class FakeInstance:
+    def __init__(self) -> None:
+        self.wakes = 0
+
+    def wake(self) -> None:
+        self.wakes += 1
+
+
+def test_cancelled_request_does_not_disturb_batch_mates() -> None:
+    world = World()
+    a, b, c = (world.submit(id) for id in "abc")
+    assert world.batcher.cancel(b)
+    tickets, _ = world.batcher.take(FakeInstance())
+    world.batcher.settle(tickets, [ticket.id.encode() for ticket in tickets])
+    assert world.outlet.answers[a.reply] == b"a"
+    assert isinstance(world.outlet.answers[b.reply], Cancelled)
+    assert world.outlet.answers[c.reply] == b"c"
+
+
+def test_a_ticket_cancelled_while_it_runs_is_answered_once_by_its_batch() -> None:
+    world = World()
+    ticket = world.submit("a")
+    tickets, _ = world.batcher.take(FakeInstance())
+    assert not world.batcher.cancel(ticket)
+    world.batcher.settle(tickets, [b"a"])
+    assert world.outlet.answers == {ticket.reply: b"a"}
+
+
+def test_expired_ticket_is_answered_by_the_timer_while_every_instance_is_busy() -> None:
+    world = World()
+    ticket = world.submit("a", expires=1.0)
+    world.advance(0.9)
+    assert not world.outlet.answers
+    world.advance(0.2)
+    assert isinstance(world.outlet.answers[ticket.reply], QueueTimeout)
+
+
+def test_a_passed_grpc_deadline_is_deadline_exceeded_and_refused_at_the_door() -> None:
+    world = World()
+    world.advance(5)
+    with pytest.raises(DeadlineExceeded):
+        world.submit("late", expires=4.0, deadline=4.0)
+    assert world.batcher.unsettled == 0
+
+
+def test_full_queue_refuses_at_once_and_says_how_full() -> None:
+    world = World(max_queue_size=2)
+    world.submit("a")
+    world.submit("b")
+    with pytest.raises(QueueFull, match="2 of 2 rows"):
+        world.submit("c")
+    assert world.counters.snapshot().failures[FailureReason.REJECTED] == 1
+
+
+def test_max_queue_delay_holds_a_batch_until_it_is_full_or_old_enough() -> None:
+    world = World(batch_limit=2, max_queue_delay=0.5)
+    instance = FakeInstance()
+    world.submit("a")
+    tickets, until = world.batcher.take(instance)
+    assert (tickets, until) == ([], 0.5)
+    world.submit("b")
+    assert instance.wakes == 1
+    assert len(world.batcher.take(instance)[0]) == 2
+    world.submit("c")
+    world.advance(0.5)
+    assert len(world.batcher.take(instance)[0]) == 1
+
+
+def test_a_second_idle_instance_is_woken_when_one_batch_does_not_hold_all() -> None:
+    world = World(batch_limit=1)
+    first, second = FakeInstance(), FakeInstance()
+    world.batcher.take(second)
+    world.batcher.take(first)
+    world.submit("a")
+    world.submit("b")
+    assert first.wakes + second.wakes == 2
+
+
+def test_draining_refuses_new_runs_old_and_reports_once() -> None:
+    world = World()
+    ticket = world.submit("a")
+    drained: list[bool] = []
+    world.batcher.stop_admitting(NotReady("gone"), lambda: drained.append(True))
+    with pytest.raises(NotReady, match="gone"):
+        world.submit("b")
+    assert drained == []
+    tickets, _ = world.batcher.take(FakeInstance())
+    world.batcher.settle(tickets, [b"a"])
+    assert world.outlet.answers == {ticket.reply: b"a"}
+    assert drained == [True]
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(seed: int) -> None:
+    """Cancels, expiries, full queues, failing batches, several instances at work, and a shutdown at the end, in any order."""
+    print("seed", seed)
+    rng = random.Random(seed)
+    world = World(batch_limit=rng.choice([1, 3, 8]), max_queue_size=rng.choice([0, 12]), max_queue_delay=rng.choice([0.0, 0.3]))
+    admitted: dict[str, Ticket] = {}
+    expected: dict[str, object] = {}
+    running: list[tuple[FakeInstance, list[Ticket]]] = []
+    instances = [FakeInstance() for _ in range(3)]
+
+    def submit() -> None:
+        id = f"r{len(expected)}"
+        expected[id] = None
+        expires = world.now + rng.random() * 3 if rng.random() < 0.3 else float("inf")
+        try:
+            admitted[id] = world.submit(id, rng.randint(1, 3), rng.choice("xy"), expires)
+        except (QueueFull, NotReady) as error:
+            expected[id] = error
+
+    def take() -> None:
+        busy = [instance for instance, _ in running]
+        free = [instance for instance in instances if instance not in busy]
+        if free:
+            instance = rng.choice(free)
+            tickets, _ = world.batcher.take(instance)
+            if tickets:
+                running.append((instance, tickets))
+
+    def finish() -> None:
+        if running:
+            _, tickets = running.pop(rng.randrange(len(running)))
+            error = BackendError("boom") if rng.random() < 0.2 else None
+            for ticket in tickets:
+                expected[ticket.id] = error or ticket.id.encode()
+            world.batcher.settle(tickets, [error or ticket.id.encode() for ticket in tickets])
+
+    def cancel() -> None:
+        if admitted:
+            ticket = rng.choice(list(admitted.values()))
+            was_queued = not ticket.is_taken and not ticket.is_settled
+            assert world.batcher.cancel(ticket) == was_queued
+
+    for _ in range(500):
+        rng.choices([submit, take, finish, cancel, lambda: world.advance(rng.random())], [5, 3, 3, 1, 1])[0]()
+        assert world.batcher.unsettled == len(admitted) - len(world.outlet.answers)
+    drained: list[bool] = []
+    world.batcher.stop_admitting(NotReady("stopping"), lambda: drained.append(True))
+    for _ in range(rng.randint(0, 10)):
+        take()
+    world.batcher.fail_queued(NotReady("grace is over"))
+    while running:
+        finish()
+    assert drained == [True]
+    assert set(world.outlet.answers) == {ticket.reply for ticket in admitted.values()}
+    for id, ticket in admitted.items():
+        answer = world.outlet.answers[ticket.reply]
+        if expected[id] is None:
+            assert isinstance(answer, (Cancelled, QueueTimeout, NotReady)), (id, answer)
+        else:
+            assert answer == expected[id], id
+    assert all(isinstance(error, HeadraceError) for id, error in expected.items() if id not in admitted)

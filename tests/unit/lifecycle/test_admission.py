@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+from headrace.config import BatchingConfig
+from headrace.errors import InvalidRequest
+from headrace.lifecycle.admission import make_ticket
+from headrace.requests import InferRequest, InputTensor, Parameters, Reply, Ticket
+from headrace.signature import DataType, Signature, TensorSpec
+from headrace.testing import CollectingOutlet
+
+SIGNATURE = Signature("m", (TensorSpec("x", DataType.FP32, (-1, 1)),), (TensorSpec("y", DataType.FP32, (-1, 1)),), 8)
+
+
+def admit(parameters: Parameters, batching: BatchingConfig, deadline: float | None = None) -> Ticket:
+    request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], (), parameters)
+    return make_ticket(SIGNATURE, batching, request, Reply(CollectingOutlet(), deadline), 100.0)
+
+
+@pytest.mark.parametrize(
+    ("timeout", "default", "deadline", "expires"),
+    [
+        (0, 0.0, None, float("inf")),
+        (0, 2.0, None, 102.0),
+        (1_000_000, 2.0, None, 101.0),
+        (9_000_000, 2.0, None, 102.0),
+        (1_000_000, 0.0, None, 101.0),
+        (0, 0.0, 100.5, 100.5),
+        (1_000_000, 0.0, 100.5, 100.5),
+    ],
+)
+def test_the_earliest_of_deadline_default_and_timeout_counts(timeout: int, default: float, deadline: float | None, expires: float) -> None:
+    assert admit({"timeout": timeout}, BatchingConfig(default_timeout=default), deadline).expires == expires
+
+
+def test_timeout_override_can_be_switched_off() -> None:
+    batching = BatchingConfig(default_timeout=2.0, allow_timeout_override=False)
+    assert admit({"timeout": 1}, batching).expires == 102.0
+
+
+@pytest.mark.parametrize(("given", "level"), [(0, 2), (1, 1), (3, 3), (4, 2)])
+def test_priority_outside_the_levels_means_the_default(given: int, level: int) -> None:
+    assert admit({"priority": given}, BatchingConfig(priority_levels=3, default_priority_level=2)).priority == level
+
+
+@pytest.mark.parametrize("parameters", [{"priority": -1}, {"priority": "high"}, {"timeout": -5}, {"timeout": True}, {"triton_odd": 1}])
+def test_wrong_parameters_are_refused_by_name(parameters: Parameters) -> None:
+    with pytest.raises(InvalidRequest, match=next(iter(parameters))):
+        admit(parameters, BatchingConfig(priority_levels=3))
