@@ -1,4 +1,8 @@
-"""ONNX models on the CPU through ONNX Runtime. One session an instance."""
+"""ONNX models on the CPU through ONNX Runtime. One session an instance.
+
+Rule for changing this file: nothing of the runtime may be kept that outlives `close`. A session is kept alive by tracebacks and
+by the NodeArg objects that get_inputs() returns (measured: one forgotten NodeArg kept 240 MB of arena).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +10,7 @@ import ctypes
 import difflib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +39,20 @@ _DATATYPES = {
 }
 _ONNX_BFLOAT16 = 16
 """onnx.TensorProto.BFLOAT16"""
-_OPTIMISATION_LEVELS = {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"}
-OPTIONS = ("graph_optimization", "inter_op_threads", "enable_cpu_mem_arena", "enable_mem_pattern")
 
+_FIXED_MEMORY = 32 << 20
+"""Measured: a session on a file of 0.6 MB takes 14 MB, on 3 MB 24 MB, on 11 MB 40 MB; mostly kernels and their tables."""
+_MEMORY_PER_FILE_BYTE = 2
+"""Measured peak while loading 134 MB of weights: 206 MB, as read and as kernels prepack them. Afterwards 141 MB."""
 
-def _runtime() -> Any:
-    # Imported at first use: it takes a tenth of a second and 60 MB that `headrace --help` must not pay.
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise LoadError(f"onnxruntime is not installed ({error}); pip install 'headrace[cpu]' or 'headrace[gpu]'") from None
-    return onnxruntime
+_RAW_STRINGS_LIMIT = 64 << 20
+_REASON_LIMIT = 1000
 
 
 class OnnxRuntimeBackend(Backend):
+    """Owns one session. Inputs that have an initializer (ONNX lets callers override those) keep it: old exporters list every
+    weight as such an input, which is nothing to offer to clients."""
+
     name = "onnxruntime"
     default_filename = "model.onnx"
     platform = "onnxruntime_onnx"
@@ -56,122 +60,186 @@ class OnnxRuntimeBackend(Backend):
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         super().__init__(path, instance)
         self._session: Any = None
-        self._datatypes: dict[str, DataType] = {}
+        self._run_session: Callable[..., list[Array]] | None = None
+        self._run_options: Any = None
         self._output_names: list[str] = []
-        self._has_bfloat16 = False
+        self._conversions: dict[str, Callable[[str, Array], Any]] = {}
+        self._bfloat16_outputs: frozenset[str] = frozenset()
+        self._optional_outputs: frozenset[str] = frozenset()
+
+    def __repr__(self) -> str:
+        return f"OnnxRuntimeBackend({self.path.name}, {'loaded' if self._session else 'not loaded'})"
 
     @classmethod
     def inspect(cls, path: Path) -> ArtifactSignature:
-        ort = _runtime()
-        options = ort.SessionOptions()
-        # Only the declared tensors are wanted; optimising a large graph for them would load it twice.
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 4
-        session = _open_session(path, options)
-        return ArtifactSignature(_specs(path, session.get_inputs()), _specs(path, session.get_outputs()))
+        """Tensors of unknown rank come out like scalars, with shape (): the runtime does not tell the two apart."""
+        return _signature(path, _open_session(path, _inspection_options(), ["CPUExecutionProvider"]))
 
     @classmethod
     def estimate_memory(cls, path: Path) -> int:
-        """Three times the files: weights as read, as initialisers, and once more where kernels prepack them."""
-        files = [path] if path.parent.name != path.name else [file for file in path.parent.iterdir() if file.is_file()]
-        return 3 * sum(file.stat().st_size for file in files)
+        """For the file and the external data beside it. Activations are not in it: they come with the batches."""
+        files = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
+        return _FIXED_MEMORY + _MEMORY_PER_FILE_BYTE * files
 
     def load(self) -> None:
-        session = _open_session(self.path, self._options())
-        self._datatypes = {tensor.name: _DATATYPES[tensor.type] for tensor in (*session.get_inputs(), *session.get_outputs())}
-        self._output_names = [tensor.name for tensor in session.get_outputs()]
-        self._has_bfloat16 = DataType.BF16 in self._datatypes.values()
+        providers = _providers(self.instance.device)
+        options = _session_options(self.instance)
+        session = _open_session(self.path, options, providers)
+        signature = _signature(self.path, session)
+        _check_string_path(self.path, signature)
+        self._output_names = [spec.name for spec in signature.outputs]
+        self._conversions = {s.name: _CONVERSIONS[s.datatype] for s in signature.inputs if s.datatype in _CONVERSIONS}
+        self._bfloat16_outputs = frozenset(spec.name for spec in signature.outputs if spec.datatype is DataType.BF16)
+        self._optional_outputs = frozenset(spec.name for spec in signature.outputs if spec.optional)
+        self._run_options = _run_options(self.instance.options)
+        self._run_session = _direct_run(session)
         self._session = session
-
-    def _options(self) -> Any:
-        ort = _runtime()
-        given = self.instance.options
-        for name in given:
-            if name not in OPTIONS:
-                near = difflib.get_close_matches(name, OPTIONS, 1)
-                raise LoadError(f"unknown onnxruntime option '{name}'{f', did you mean {near[0]!r}' if near else ''}; known: {', '.join(OPTIONS)}")
-        level = given.get("graph_optimization", "all")
-        if level not in _OPTIMISATION_LEVELS:
-            raise LoadError(f"onnxruntime option 'graph_optimization': expected one of {', '.join(_OPTIMISATION_LEVELS)}, got {level!r}")
-        options = ort.SessionOptions()
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, _OPTIMISATION_LEVELS[level])
-        options.intra_op_num_threads = self.instance.threads or max(_cores() // self.instance.count, 1)
-        options.inter_op_num_threads = int(given.get("inter_op_threads", "1"))
-        options.enable_cpu_mem_arena = given.get("enable_cpu_mem_arena", "true") == "true"
-        options.enable_mem_pattern = given.get("enable_mem_pattern", "true") == "true"
-        # Idle intra-op threads spin for about 47 ms by default, which takes the core that the event loop needs.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
-        return options
 
     def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         names = self._output_names if outputs is None else list(outputs)
         try:
-            if self._has_bfloat16:
-                return self._execute_values(inputs, names)
-            feed = {name: _decode_strings(array) if array.dtype == object else array for name, array in inputs.items()}
-            # InferenceSession.run checks the names again and builds a list: 7 µs a call instead of 4.
-            results = self._session._sess.run(names, feed, None)
-        except Exception as error:
-            # The runtime's exceptions have no common base. `from None`: their tracebacks keep the arrays alive.
-            raise BackendError(f"onnxruntime: {_first_line(error)}") from None
-        return [np.asarray(result) for result in results]
+            return self._run(dict(inputs), names)
+        except Exception as error:  # the runtime's exceptions have no common base
+            reason = _reason(error)
+        # Not from inside the handler: even with `from None` the runtime's exception would stay as __context__, and the arrays
+        # in its traceback with it.
+        raise BackendError(f"onnxruntime: {reason}")
 
-    def _execute_values(self, inputs: Mapping[str, Array], names: Sequence[str]) -> list[Array]:
-        """By OrtValue, for models with BF16 tensors, which numpy cannot name."""
-        ort = _runtime()
-        feed = {}
-        for name, array in inputs.items():
-            if self._datatypes[name] is DataType.BF16:
-                feed[name] = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(np.ascontiguousarray(array), _ONNX_BFLOAT16)
-            else:
-                feed[name] = ort.OrtValue.ortvalue_from_numpy(_decode_strings(array) if array.dtype == object else np.ascontiguousarray(array))
-        values = self._session.run_with_ort_values(list(names), feed)
-        return [_bfloat16_bits(value) if self._datatypes[name] is DataType.BF16 else value.numpy() for name, value in zip(names, values, strict=True)]
+    def _run(self, feed: dict[str, Any], names: list[str]) -> list[Array]:
+        assert self._run_session is not None, "load() comes before execute()"
+        for name, convert in self._conversions.items():
+            if name in feed:
+                feed[name] = convert(name, feed[name])
+        if not self._bfloat16_outputs.isdisjoint(names):
+            return self._run_values(feed, names)
+        results = self._run_session(names, feed, self._run_options)
+        if self._optional_outputs:
+            _check_present(names, results)
+        return results
+
+    def _run_values(self, feed: dict[str, Any], names: list[str]) -> list[Array]:
+        """By OrtValue, the only way to get at BF16 outputs; 40 µs dearer than arrays, so for those models only."""
+        value_of = _runtime().OrtValue.ortvalue_from_numpy
+        values = {name: value_of(given) if isinstance(given, np.ndarray) else given for name, given in feed.items()}
+        results = self._session.run_with_ort_values(names, values, self._run_options)
+        return [
+            _bfloat16_bits(value) if name in self._bfloat16_outputs else value.numpy() for name, value in zip(names, results, strict=True)
+        ]
 
     def close(self) -> None:
-        self._session = None
+        self._session = self._run_session = self._run_options = None
 
 
-def _open_session(path: Path, options: Any) -> Any:
-    if not path.is_file():
-        raise LoadError(f"expected an ONNX file at {path.parent.name}/{path.name}, found none")
+def _runtime() -> Any:
+    # Imported at first use: it takes a tenth of a second and 30 MB that `headrace --help` must not pay.
     try:
-        return _runtime().InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except LoadError:
-        raise
-    except Exception as error:
-        raise LoadError(f"onnxruntime could not load {path.parent.name}/{path.name}: {_first_line(error)}") from None
+        import onnxruntime
+    except ImportError as error:
+        reason = str(error)
+    else:
+        return onnxruntime
+    raise LoadError(f"onnxruntime is not there ({reason}); pip install 'headrace[cpu]'")
 
 
-def _specs(path: Path, tensors: Sequence[Any]) -> tuple[TensorSpec, ...]:
+def _open_session(path: Path, options: Any, providers: Sequence[str]) -> Any:
+    place = f"{path.parent.name}/{path.name}"
+    if not path.is_file():
+        raise LoadError(f"expected an ONNX file at {place}, found none")
+    runtime = _runtime()
+    try:
+        return runtime.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # no common base
+        reason = _reason(error).replace(str(path), place)
+    raise LoadError(f"onnxruntime could not load {place}: {reason}")
+
+
+def _direct_run(session: Any) -> Callable[..., list[Array]]:
+    """The session's own run, without the checks of names that the signature has already made: 2.7 µs a call instead of 3.3
+    with onnxruntime 1.32, 4 instead of 7 before. The attribute is private, hence the public method where it is gone."""
+    run: Callable[..., list[Array]] = getattr(getattr(session, "_sess", None), "run", session.run)
+    return run
+
+
+def _reason(error: BaseException) -> str:
+    """The runtime's text on one line. Callers keep this and drop the exception."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return "; ".join(lines)[:_REASON_LIMIT] or type(error).__name__
+
+
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _signature(path: Path, session: Any) -> ArtifactSignature:
+    return ArtifactSignature(_specs(path, "input", session.get_inputs()), _specs(path, "output", session.get_outputs()))
+
+
+def _specs(path: Path, kind: str, tensors: Sequence[Any]) -> tuple[TensorSpec, ...]:
     specs = []
     for tensor in tensors:
-        kind = tensor.type
-        is_optional = kind.startswith("optional(")
-        if is_optional:
-            kind = kind.removeprefix("optional(").removesuffix(")")
-        if kind not in _DATATYPES:
-            raise LoadError(f"{path.name}: tensor '{tensor.name}' has type {tensor.type}, which the protocol cannot carry; expected a plain tensor")
-        shape = tuple(dim if isinstance(dim, int) and dim >= 0 else -1 for dim in tensor.shape)
-        specs.append(TensorSpec(tensor.name, _DATATYPES[kind], shape, is_optional))
+        is_optional = tensor.type.startswith("optional(")
+        plain = tensor.type.removeprefix("optional(").removesuffix(")") if is_optional else tensor.type
+        if plain not in _DATATYPES:
+            raise LoadError(
+                f"{path.parent.name}/{path.name}: {kind} '{tensor.name}' is a {tensor.type}, which the protocol cannot carry; "
+                f"expected a tensor of one of {', '.join(datatype.value for datatype in DataType)}"
+            )
+        shape = tuple(length if isinstance(length, int) and length >= 0 else -1 for length in tensor.shape)
+        specs.append(TensorSpec(tensor.name, _DATATYPES[plain], shape, is_optional))
     return tuple(specs)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _check_string_path(path: Path, signature: ArtifactSignature) -> None:
+    text = next((spec.name for spec in signature.inputs if spec.datatype is DataType.BYTES), None)
+    narrow = next((spec.name for spec in signature.outputs if spec.datatype is DataType.BF16), None)
+    if text is not None and narrow is not None:
+        raise LoadError(
+            f"{path.parent.name}/{path.name}: input '{text}' is BYTES and output '{narrow}' BF16; the one call of "
+            "onnxruntime's Python interface that returns bfloat16 takes no strings. Cast the output to FP32 in the model"
+        )
 
 
-def _decode_strings(array: Array) -> Array:
-    """ONNX strings are UTF-8; onnxruntime takes str objects."""
-    flat = array.ravel()
-    decoded = np.empty(flat.shape, object)
-    for index, element in enumerate(flat):
-        try:
-            decoded[index] = element.decode() if isinstance(element, bytes) else element
-        except UnicodeDecodeError as error:
-            raise BackendError(f"a string element is not UTF-8: {error.reason} at byte {error.start}") from None
-    return decoded.reshape(array.shape)
+def _check_present(names: Sequence[str], results: Sequence[Array | None]) -> None:
+    for name, result in zip(names, results, strict=True):
+        if result is None:
+            raise ValueError(f"output '{name}' is optional and was not produced for this input; ask for the other outputs only")
+
+
+def _string_array(name: str, array: Array) -> Array:
+    """str objects, which is what the runtime encodes; given bytes objects it would take their repr()."""
+    try:
+        texts = [element.decode() if isinstance(element, bytes) else element for element in array.ravel()]
+    except UnicodeDecodeError:
+        return _raw_string_array(name, array)
+    strings = np.empty(len(texts), object)
+    strings[:] = texts
+    return strings.reshape(array.shape)
+
+
+def _raw_string_array(name: str, array: Array) -> Array:
+    """The same for bytes that are not UTF-8, which str cannot hold: a fixed-width array, whose elements the runtime reads as
+    they are up to a NUL, so that one request's odd bytes are the model's business and fail no batch mate.
+
+    Raises ValueError for what does not fit such an array: bytes with NUL, and (width times count) beyond any honest text.
+    """
+    elements = [element if isinstance(element, bytes) else element.encode() for element in array.ravel()]
+    width = 1 + max(map(len, elements))
+    if width * len(elements) > _RAW_STRINGS_LIMIT or any(b"\0" in element for element in elements):
+        position = next(i for i, element in enumerate(elements) if not _is_utf8(element))
+        raise ValueError(f"input '{name}': expected UTF-8, element {position} of {len(elements)} is not")
+    return np.array(elements, f"S{width}").reshape(array.shape)
+
+
+def _is_utf8(element: bytes) -> bool:
+    try:
+        element.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _bfloat16_value(_name: str, array: Array) -> Any:
+    """An OrtValue over the array's memory: numpy has no name for the type, so it cannot be passed as an array."""
+    return _runtime().OrtValue.ortvalue_from_numpy_with_onnx_type(array, _ONNX_BFLOAT16)
 
 
 def _bfloat16_bits(value: Any) -> Array:
@@ -183,5 +251,122 @@ def _bfloat16_bits(value: Any) -> Array:
     return np.array(buffer, np.uint16).reshape(shape)
 
 
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+_CONVERSIONS: dict[DataType, Callable[[str, Array], Any]] = {DataType.BYTES: _string_array, DataType.BF16: _bfloat16_value}
+"""What the runtime does not take as our arrays hold it."""
+
+
+# -- options -----------------------------------------------------------------------------------------------------------
+
+
+def _providers(device: str) -> list[str]:
+    if device in ("auto", "cpu"):
+        return ["CPUExecutionProvider"]
+    if device.partition(":")[0] == "cuda" and "CUDAExecutionProvider" not in _runtime().get_available_providers():
+        raise LoadError(f"device '{device}': the installed onnxruntime has no CUDAExecutionProvider (onnxruntime-gpu has); use 'cpu'")
+    raise LoadError(f"device '{device}': expected 'auto' or 'cpu'; this backend runs models on the CPU")
+
+
+def _inspection_options() -> Any:
+    """As little as gives the tensors: optimising and prepacking a graph for that takes 36 ms instead of 9 (11 MB OCR model)."""
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    options.enable_cpu_mem_arena = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.log_severity_level = _SILENT
+    return options
+
+
+_SILENT = 4
+"""Fatal errors only. All others arrive as exceptions, and would be written to stderr besides, past our log."""
+
+
+def _session_options(instance: InstanceConfig) -> Any:
+    """Ours first, then what instance.options says, by the runtime's own names. Raises LoadError for an unknown name or value.
+
+    The memory arena stays on, which is the runtime's default: batches of 16 took 39 ms with it and 58 without (magika on 2
+    cores; fresh pages for every run), a single row the same. It costs memory, 292 MB against 82 after a batch of 64: where
+    that matters, enable_cpu_mem_arena = false, or memory.enable_memory_arena_shrinkage = "cpu:0" to about the same effect.
+    """
+    runtime = _runtime()
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = instance.threads or max(_cores() // instance.count, 1)
+    # One batch at a time and an instance: branches of the graph run in turn, batches side by side on several instances.
+    options.inter_op_num_threads = 1
+    options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
+    # Idle threads spin for about 47 ms by default, which takes the core that the event loop needs.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = _SILENT
+    for name, value in instance.options.items():
+        _apply_option(runtime, options, name, value)
+    return options
+
+
+def _apply_option(runtime: Any, options: Any, name: str, value: str) -> None:
+    if name in _ENUM_OPTIONS:
+        enum, choices = _ENUM_OPTIONS[name]
+        if value not in choices:
+            raise LoadError(f"onnxruntime option '{name}': expected one of {', '.join(choices)}, got '{value}'")
+        setattr(options, name, getattr(getattr(runtime, enum), choices[value]))
+    elif name in _SWITCH_OPTIONS:
+        if value not in ("true", "false"):
+            raise LoadError(f"onnxruntime option '{name}': expected true or false, got '{value}'")
+        setattr(options, name, value == "true")
+    elif name in _COUNT_OPTIONS:
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            raise LoadError(f"onnxruntime option '{name}': expected a whole number from 1, got '{value}'")
+        setattr(options, name, int(value))
+    elif name in _SESSION_ENTRIES:
+        options.add_session_config_entry(name, {"true": "1", "false": "0"}.get(value, value))
+    elif name not in _RUN_ENTRIES:
+        near = difflib.get_close_matches(name, OPTIONS, 1)
+        hint = f"did you mean '{near[0]}'?" if near else f"known: {', '.join(OPTIONS)}"
+        raise LoadError(f"unknown onnxruntime option '{name}', {hint}")
+
+
+def _run_options(given: Mapping[str, str]) -> Any:
+    entries = {name: given[name] for name in _RUN_ENTRIES if name in given}
+    if not entries:
+        return None
+    options = _runtime().RunOptions()
+    for name, value in entries.items():
+        options.add_run_config_entry(name, value)
+    return options
+
+
+_ENUM_OPTIONS = {
+    "graph_optimization_level": (
+        "GraphOptimizationLevel",
+        {"disable": "ORT_DISABLE_ALL", "basic": "ORT_ENABLE_BASIC", "extended": "ORT_ENABLE_EXTENDED", "all": "ORT_ENABLE_ALL"},
+    ),
+    "execution_mode": ("ExecutionMode", {"sequential": "ORT_SEQUENTIAL", "parallel": "ORT_PARALLEL"}),
+}
+_SWITCH_OPTIONS = ("enable_cpu_mem_arena", "enable_mem_pattern", "enable_mem_reuse", "use_deterministic_compute")
+_COUNT_OPTIONS = ("inter_op_num_threads",)
+_SESSION_ENTRIES = (
+    "session.intra_op.allow_spinning",
+    "session.intra_op.spin_duration_us",
+    "session.intra_op.spin_backoff_max",
+    "session.intra_op_thread_affinities",
+    "session.force_spinning_stop",
+    "session.dynamic_block_base",
+    "session.set_denormal_as_zero",
+    "session.disable_prepacking",
+    "session.prepack.enable_parallel",
+    "session.use_device_allocator_for_initializers",
+    "session.qdqisint8allowed",
+    "session.disable_quant_qdq",
+    "session.enable_quant_qdq_cleanup",
+    "optimization.enable_gelu_approximation",
+    "optimization.disable_specified_optimizers",
+    "mlas.disable_kleidiai",
+)
+"""The runtime itself takes any key in silence, so a typing mistake would mean the default: hence a list."""
+_RUN_ENTRIES = ("memory.enable_memory_arena_shrinkage",)
+OPTIONS = (*_ENUM_OPTIONS, *_SWITCH_OPTIONS, *_COUNT_OPTIONS, *_SESSION_ENTRIES, *_RUN_ENTRIES)
+
+
+def _cores() -> int:
+    """Those this process may use: a container's or taskset's share, not the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -221,9 +221,9 @@ def _runtime_options(given: pb.ModelConfig) -> tuple[int, dict[str, str]]:
         level = given.optimization.graph.level
         if level not in _GRAPH_LEVELS:
             raise ConfigError(f"optimization.graph.level: expected -1, 0, 1 or 2, got {level}")
-        options["graph_optimization"] = _GRAPH_LEVELS[level]
+        options["graph_optimization_level"] = _GRAPH_LEVELS[level]
     if _count(asked, "inter_op_thread_count"):
-        options["inter_op_threads"] = asked["inter_op_thread_count"]
+        options["inter_op_num_threads"] = asked["inter_op_thread_count"]
     for theirs, ours in _SWITCHES.items():
         if theirs in asked:
             options[ours] = "true" if _count(asked, theirs) else "false"
