@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable
 
-import structlog
 import uvloop
 
 from headrace import __version__
@@ -27,9 +26,10 @@ from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.sources.directory import DirectorySource
+from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class LoopTimer:

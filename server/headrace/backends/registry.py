@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from importlib.metadata import entry_points
 
-import structlog
-
 from headrace.backends.base import Backend
+from headrace.telemetry.log import get_logger
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 GROUP = "headrace.backends"
 
 

@@ -10,8 +10,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-import structlog
-
 from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
 from headrace.batching.batch_queue import NEVER
@@ -20,8 +18,9 @@ from headrace.errors import BackendError, HeadraceError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
+from headrace.telemetry.log import get_logger
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class Encoder(Protocol):

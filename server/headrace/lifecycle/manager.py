@@ -7,16 +7,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import structlog
-
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
 from headrace.errors import InvalidRequest, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.state import INDEX_STATES, VersionState
 from headrace.lifecycle.version import ModelVersion
 from headrace.lifecycle.view import IndexEntry
+from headrace.telemetry.log import get_logger
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import structlog
-
 from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
@@ -22,9 +20,10 @@ from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.counters import FailureReason, VersionCounters
+from headrace.telemetry.log import get_logger
 from headrace.wire.codec import ResponseEncoder
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class ModelVersion:

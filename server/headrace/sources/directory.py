@@ -7,13 +7,12 @@ import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
-import structlog
-
 from headrace.errors import ConfigError, HeadraceError
 from headrace.model_files import load_model_config
 from headrace.sources.base import Listing, ModelRef, Source, VersionRef
+from headrace.telemetry.log import get_logger
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 
 class DirectorySource(Source):

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TextIO
 
-import structlog
+from headrace.telemetry.log import get_logger
 
-log = structlog.stdlib.get_logger(__name__)
+log = get_logger(__name__)
 
 FIELDS = ("ts", "id", "model", "version", "code", "rows", "batch_rows", "queue", "compute", "total", "peer")
 """Seconds for `queue`, `compute` and `total`. `batch_rows` is what the request ran together with, 0 where it never ran."""
