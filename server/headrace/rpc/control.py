@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TypeVar
 
-from headrace.errors import HeadraceError, InvalidRequest, Unsupported
+from google.protobuf.message import DecodeError, Message
+
+from headrace.errors import HeadraceError, InvalidRequest, ShuttingDown, Unsupported
+from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import ModelsView, VersionView
-from headrace.telemetry.counters import CounterSnapshot
+from headrace.signature import TensorSpec
+from headrace.telemetry.counters import BatchSizeCounts, CounterSnapshot, Stage
+from headrace.wire import messages
 from headrace.wire.config_pbtxt import model_config_message
-from headrace.wire.messages import SERVICE, Message, method_classes
+from headrace.wire.messages import SERVICE, InferBatchStatistics, InferStatistics, ModelStatistics, StatisticDuration, method_classes
 
-EXTENSIONS = ("model_repository", "schedule_policy", "model_configuration", "binary_tensor_data", "parameters", "statistics")
-"""What ServerMetadata lists. Clients switch features on by it: only what works may stand here."""
+EXTENSIONS = ("schedule_policy", "model_configuration", "binary_tensor_data", "parameters", "statistics")
+"""What ServerMetadata lists, in Triton's order. Clients switch features on by it: only what works may stand here."""
+
+_TensorMetadata = messages.ModelMetadataResponse.TensorMetadata
+_ModelIndex = messages.RepositoryIndexResponse.ModelIndex
 
 Unary = Callable[[bytes], bytes]
+Request = TypeVar("Request", bound=Message)
 
 
 class ControlService:
-    """Stateless but for what it is told at the start. Event loop only."""
+    """Stateless but for what it is told at the start. Event loop only; every call raises HeadraceError for what it refuses."""
 
     def __init__(self, models: ModelsView, *, server_name: str, server_version: str) -> None:
         self._models = models
@@ -28,125 +37,145 @@ class ControlService:
 
     def methods(self) -> dict[str, Unary]:
         """Every unary method of the service but ModelInfer, by name; those not offered raise Unsupported."""
-        handlers: dict[str, Callable[[Message, Message], None]] = {
-            "ServerLive": self._server_live,
-            "ServerReady": self._server_ready,
-            "ModelReady": self._model_ready,
-            "ServerMetadata": self._server_metadata,
-            "ModelMetadata": self._model_metadata,
-            "ModelConfig": self._model_config,
-            "ModelStatistics": self._model_statistics,
-            "RepositoryIndex": self._repository_index,
+        offered = {
+            "ServerLive": _unary(messages.ServerLiveRequest, self.server_live),
+            "ServerReady": _unary(messages.ServerReadyRequest, self.server_ready),
+            "ModelReady": _unary(messages.ModelReadyRequest, self.model_ready),
+            "ServerMetadata": _unary(messages.ServerMetadataRequest, self.server_metadata),
+            "ModelMetadata": _unary(messages.ModelMetadataRequest, self.model_metadata),
+            "ModelConfig": _unary(messages.ModelConfigRequest, self.model_config),
+            "ModelStatistics": _unary(messages.ModelStatisticsRequest, self.model_statistics),
+            "RepositoryIndex": _unary(messages.RepositoryIndexRequest, self.repository_index),
         }
-        skip = ("ModelInfer", "ModelStreamInfer")
-        return {
-            name: _unary(request, response, handlers.get(name) or _unsupported(name))
-            for name, (request, response) in method_classes(SERVICE).items()
-            if name not in skip
-        }
+        others = [name for name in method_classes(SERVICE) if name not in {*offered, "ModelInfer", "ModelStreamInfer"}]
+        return {**offered, **{name: _unsupported(name) for name in others}}
 
-    def _server_live(self, request: Message, response: Message) -> None:
-        response.live = self._models.is_live
+    def server_live(self, request: messages.ServerLiveRequest) -> messages.ServerLiveResponse:
+        self._check_stays()
+        return messages.ServerLiveResponse(live=True)
 
-    def _server_ready(self, request: Message, response: Message) -> None:
-        response.ready = self._models.is_ready
+    def server_ready(self, request: messages.ServerReadyRequest) -> messages.ServerReadyResponse:
+        self._check_stays()
+        return messages.ServerReadyResponse(ready=self._models.is_ready)
 
-    def _model_ready(self, request: Message, response: Message) -> None:
-        # Triton's clients expect OK with ready = false for a model that is not there.
+    def _check_stays(self) -> None:
+        if not self._models.is_live:
+            raise ShuttingDown("Server exiting")
+
+    def model_ready(self, request: messages.ModelReadyRequest) -> messages.ModelReadyResponse:
+        """Unknown and unloaded models are "not ready", as clients that load and unload models rely on; a bad version is an error."""
         try:
             self._models.resolve(request.name, request.version)
         except InvalidRequest:
             raise
         except HeadraceError:
-            response.ready = False
-        else:
-            response.ready = True
+            return messages.ModelReadyResponse(ready=False)
+        return messages.ModelReadyResponse(ready=True)
 
-    def _server_metadata(self, request: Message, response: Message) -> None:
-        response.name = self._server_name
-        response.version = self._server_version
-        response.extensions.extend(EXTENSIONS)
+    def server_metadata(self, request: messages.ServerMetadataRequest) -> messages.ServerMetadataResponse:
+        return messages.ServerMetadataResponse(name=self._server_name, version=self._server_version, extensions=EXTENSIONS)
 
-    def _model_metadata(self, request: Message, response: Message) -> None:
-        version = self._models.resolve(request.name, request.version)
-        assert version.effective is not None  # a live version was inspected
-        response.name = version.model
-        response.versions.extend(
-            str(v.version) for v in self._models.find(request.name, request.version) if v.state is VersionState.LIVE
+    def model_metadata(self, request: messages.ModelMetadataRequest) -> messages.ModelMetadataResponse:
+        effective = self._effective(request.name, request.version)
+        return messages.ModelMetadataResponse(
+            name=request.name,
+            versions=[str(version.version) for version in self._live(request.name, request.version)],
+            platform=effective.platform,
+            inputs=_describe(effective.signature.inputs),
+            outputs=_describe(effective.signature.outputs),
         )
-        response.platform = version.effective.platform
-        for target, specs in ((response.inputs, version.effective.signature.inputs), (response.outputs, version.effective.signature.outputs)):
-            for spec in specs:
-                target.add(name=spec.name, datatype=spec.datatype.value, shape=spec.shape)
 
-    def _model_config(self, request: Message, response: Message) -> None:
-        effective = self._models.resolve(request.name, request.version).effective
-        assert effective is not None
-        response.config.CopyFrom(model_config_message(effective))
+    def model_config(self, request: messages.ModelConfigRequest) -> messages.ModelConfigResponse:
+        return messages.ModelConfigResponse(config=model_config_message(self._effective(request.name, request.version)))
 
-    def _model_statistics(self, request: Message, response: Message) -> None:
-        versions = [v for v in self._models.find(request.name, request.version) if v.state is VersionState.LIVE]
-        if not versions and request.name:
-            raise InvalidRequest(f"requested model '{request.name}' is not available")
-        for version in versions:
-            _write_statistics(response.model_stats.add(), version)
+    def model_statistics(self, request: messages.ModelStatisticsRequest) -> messages.ModelStatisticsResponse:
+        versions = self._live(request.name, request.version)
+        if request.name and not versions:
+            subject = f"model '{request.name}'" + (f" version {request.version}" if request.version else "")
+            raise InvalidRequest(f"requested {subject} is not available")
+        return messages.ModelStatisticsResponse(model_stats=[encode_statistics(version) for version in versions])
 
-    def _repository_index(self, request: Message, response: Message) -> None:
-        _check_repository_name(request.repository_name)
-        for entry in self._models.index():
-            if not request.ready or entry.state == "READY":
-                response.models.add(name=entry.model, version=entry.version, state=entry.state, reason=entry.reason)
+    def repository_index(self, request: messages.RepositoryIndexRequest) -> messages.RepositoryIndexResponse:
+        if request.repository_name:
+            raise Unsupported(f"'repository_name': expected nothing, got '{request.repository_name}'; the index is of all repositories")
+        return messages.RepositoryIndexResponse(
+            models=[
+                _ModelIndex(name=entry.model, version=entry.version, state=entry.state, reason=entry.reason)
+                for entry in self._models.index()
+                if entry.state == "READY" or not request.ready
+            ]
+        )
+
+    def _live(self, model: str, version: str) -> list[VersionView]:
+        return [found for found in self._models.find(model, version) if found.state is VersionState.LIVE]
+
+    def _effective(self, model: str, version: str) -> EffectiveModel:
+        found = self._models.resolve(model, version)
+        assert found.effective is not None, f"{found!r} is live and was never inspected"
+        return found.effective
 
 
-def _check_repository_name(name: str) -> None:
-    if name:
-        raise Unsupported(f"'repository_name': expected nothing, got {name!r}; requests for one repository are not supported")
-
-
-def _unary(request: type[Message], response: type[Message], handler: Callable[[Message, Message], None]) -> Unary:
+def _unary(request_class: type[Request], serve: Callable[[Request], Message]) -> Unary:
     def call(message: bytes) -> bytes:
         try:
-            parsed = request.FromString(message)
-        except Exception as error:
-            raise InvalidRequest(f"could not decode the {request.DESCRIPTOR.name}: {error}") from None
-        answer = response()
-        handler(parsed, answer)
-        return bytes(answer.SerializeToString())
+            request = request_class.FromString(message)
+        except DecodeError as error:
+            raise InvalidRequest(f"could not decode the {request_class.DESCRIPTOR.name}: {error}") from None
+        return serve(request).SerializeToString()
 
     return call
 
 
-def _unsupported(name: str) -> Callable[[Message, Message], None]:
-    def refuse(request: Message, response: Message) -> None:
+def _unsupported(name: str) -> Unary:
+    def refuse(message: bytes) -> bytes:
         raise Unsupported(f"{name} is not implemented by this server")
 
     return refuse
 
 
-def _write_statistics(target: Any, version: VersionView) -> None:
+def _describe(specs: Iterable[TensorSpec]) -> list[messages.ModelMetadataResponse.TensorMetadata]:
+    return [_TensorMetadata(name=spec.name, datatype=spec.datatype.value, shape=spec.shape) for spec in specs]
+
+
+# -- statistics --------------------------------------------------------------------------------------------------------
+
+
+def encode_statistics(version: VersionView) -> ModelStatistics:
+    """Triton's shape: durations are summed over requests, in `batch_stats` over executions; failures touch only `fail`."""
     counted = version.counters.snapshot()
-    target.name = version.model
-    target.version = str(version.version)
-    target.last_inference = round(counted.last_inference * 1000)
-    target.inference_count = counted.rows
-    target.execution_count = counted.batches
-    _write_durations(target.inference_stats, counted)
-    for rows, sums in counted.batch_sizes.items():
-        batch = target.batch_stats.add(batch_size=rows)
-        for duration, seconds in (
-            (batch.compute_input, sums.compute_input),
-            (batch.compute_infer, sums.compute),
-            (batch.compute_output, sums.compute_output),
-        ):
-            duration.count = sums.executions
-            duration.ns = round(seconds * 1e9)
+    return ModelStatistics(
+        name=version.model,
+        version=str(version.version),
+        last_inference=round(counted.last_inference * 1000),
+        inference_count=counted.rows,
+        execution_count=counted.batches,
+        inference_stats=_inference_statistics(counted),
+        batch_stats=[_batch_statistics(rows, sums) for rows, sums in counted.batch_sizes.items()],
+    )
 
 
-def _write_durations(target: Any, counted: CounterSnapshot) -> None:
-    durations = (target.success, target.queue, target.compute_input, target.compute_infer, target.compute_output)
-    for duration, seconds in zip(durations, counted.seconds, strict=True):
-        duration.count = counted.success
-        duration.ns = round(seconds * 1e9)
-    target.fail.count = sum(counted.failures)
-    target.cache_hit.SetInParent()
-    target.cache_miss.SetInParent()
+def _inference_statistics(counted: CounterSnapshot) -> InferStatistics:
+    # perf_analyzer reads all of these and aborts where one is missing, hence the cache's zeros.
+    return InferStatistics(
+        success=_duration(counted.success, counted.seconds[Stage.REQUEST]),
+        fail=_duration(sum(counted.failures), sum(counted.failure_seconds)),
+        queue=_duration(counted.success, counted.seconds[Stage.QUEUE]),
+        compute_input=_duration(counted.success, counted.seconds[Stage.COMPUTE_INPUT]),
+        compute_infer=_duration(counted.success, counted.seconds[Stage.COMPUTE]),
+        compute_output=_duration(counted.success, counted.seconds[Stage.COMPUTE_OUTPUT]),
+        cache_hit=_duration(0, 0.0),
+        cache_miss=_duration(0, 0.0),
+    )
+
+
+def _batch_statistics(rows: int, sums: BatchSizeCounts) -> InferBatchStatistics:
+    return InferBatchStatistics(
+        batch_size=rows,
+        compute_input=_duration(sums.executions, sums.compute_input),
+        compute_infer=_duration(sums.executions, sums.compute),
+        compute_output=_duration(sums.executions, sums.compute_output),
+    )
+
+
+def _duration(count: int, seconds: float) -> StatisticDuration:
+    return StatisticDuration(count=count, ns=round(seconds * 1e9))

@@ -1,21 +1,19 @@
-"""grpc.health.v1: Check and Watch for the server ("" and the inference service) and for each model by its name."""
+"""grpc.health.v1 for the server ("" and the inference service), each model by its name, and each version as model:version."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
+
+from google.protobuf.message import DecodeError
 
 from headrace.errors import HeadraceError, InvalidRequest, NotFound
 from headrace.lifecycle.view import ModelsView
-from headrace.wire.messages import SERVICE, message_class
-
-HealthCheckRequest = message_class("grpc.health.v1.HealthCheckRequest")
-HealthCheckResponse = message_class("grpc.health.v1.HealthCheckResponse")
-SERVING, NOT_SERVING, SERVICE_UNKNOWN = 1, 2, 3
+from headrace.wire.messages import SERVICE, HealthCheckRequest, HealthCheckResponse, HealthListResponse
 
 
 class HealthService:
-    """Event loop only. Owns the set of watchers' events, so that shutting down can end them."""
+    """Event loop only. Owns one event a watcher, by which changes reach it; nothing polls."""
 
     def __init__(self, models: ModelsView) -> None:
         self._models = models
@@ -23,24 +21,35 @@ class HealthService:
         self._is_closed = False
         models.subscribe(self._notify)
 
+    def __repr__(self) -> str:
+        return f"HealthService({len(self._changed)} watchers, closed={self._is_closed})"
+
+    def methods(self) -> dict[str, Callable[[bytes], bytes]]:
+        return {"Check": self.check, "List": self.list}
+
     def _notify(self) -> None:
         for event in self._changed:
             event.set()
 
     def close(self) -> None:
-        """End every watch; the last thing a watcher has seen is NOT_SERVING."""
+        """End every watch, after the models were told to refuse new requests: the last thing a watcher sees is NOT_SERVING."""
         self._is_closed = True
         self._notify()
 
     def check(self, message: bytes) -> bytes:
         service = _decode(message)
         status = self._status(service)
-        if status == SERVICE_UNKNOWN:
-            raise NotFound(f"health: unknown service '{service}'; expected '', '{SERVICE}' or a model's name")
-        return bytes(HealthCheckResponse(status=status).SerializeToString())
+        if status == HealthCheckResponse.SERVICE_UNKNOWN:
+            raise NotFound(f"health: unknown service '{service}'; expected '', '{SERVICE}', a model or model:version")
+        return HealthCheckResponse(status=status).SerializeToString()
 
-    async def watch(self, message: bytes) -> AsyncIterator[bytes]:
-        """The status now and after every change, until the server closes or the caller goes."""
+    def list(self, message: bytes) -> bytes:
+        names = {"", SERVICE, *(entry.model for entry in self._models.index())}
+        statuses = {name: HealthCheckResponse(status=self._status(name)) for name in names}
+        return HealthListResponse(statuses=statuses).SerializeToString()
+
+    async def watch(self, message: bytes) -> AsyncGenerator[bytes, None]:
+        """The status now and after every change, until the server closes or the caller goes. An unknown service may become known."""
         service = _decode(message)
         changed = asyncio.Event()
         self._changed.add(changed)
@@ -51,7 +60,7 @@ class HealthService:
                 status = self._status(service)
                 if status != last:
                     last = status
-                    yield bytes(HealthCheckResponse(status=status).SerializeToString())
+                    yield HealthCheckResponse(status=status).SerializeToString()
                 if self._is_closed:
                     return
                 await changed.wait()
@@ -60,18 +69,25 @@ class HealthService:
 
     def _status(self, service: str) -> int:
         if service in ("", SERVICE):
-            return SERVING if self._models.is_ready else NOT_SERVING
-        if not any(entry.model == service for entry in self._models.index()):
-            return SERVICE_UNKNOWN
+            return HealthCheckResponse.SERVING if self._models.is_ready else HealthCheckResponse.NOT_SERVING
+        models = {entry.model for entry in self._models.index()}
+        model, version = service, ""
+        if model not in models:
+            model, _, version = service.rpartition(":")
+            if model not in models or not self._is_known(model, version):
+                return HealthCheckResponse.SERVICE_UNKNOWN
         try:
-            self._models.resolve(service, "")
+            self._models.resolve(model, version)
         except HeadraceError:
-            return NOT_SERVING
-        return SERVING
+            return HealthCheckResponse.NOT_SERVING
+        return HealthCheckResponse.SERVING
+
+    def _is_known(self, model: str, version: str) -> bool:
+        return version.isdecimal() and bool(self._models.find(model, version))
 
 
 def _decode(message: bytes) -> str:
     try:
-        return str(HealthCheckRequest.FromString(message).service)
-    except Exception as error:
+        return HealthCheckRequest.FromString(message).service
+    except DecodeError as error:
         raise InvalidRequest(f"could not decode the HealthCheckRequest: {error}") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from headrace.errors import HeadraceError, NotReady
+from headrace.errors import NotReady
 from headrace.lifecycle.view import ModelsView
 from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
@@ -21,17 +21,19 @@ class InferenceService:
     def __init__(self, models: ModelsView) -> None:
         self._models = models
 
-    def submit(self, message: bytes, reply: Reply) -> None:
-        """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later."""
+    def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
+        """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later.
+
+        Returns the request, for transports that answer in more than the reply; None when it could not be decoded.
+        """
         arrived = time.monotonic()
         request = None
         try:
             request = decode_request(message)
             self._submit(request, reply, arrived)
-        except HeadraceError as error:
-            reply.fail(error)
         except Exception as error:
             reply.fail(as_known(error, "ModelInfer", request.id if request else ""))
+        return request
 
     def _submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         for attempt in range(1, MAX_RESOLVES + 1):
@@ -45,5 +47,6 @@ class InferenceService:
 
     def cancel(self, reply: Reply) -> None:
         """The caller of `reply` went away: if its request still waits, it leaves the queue. Any thread, any time."""
-        if reply.cancel is not None:
-            reply.cancel(reply)
+        cancel = reply.cancel  # once: whoever settles the reply takes it away, perhaps right now
+        if cancel is not None:
+            cancel(reply)
