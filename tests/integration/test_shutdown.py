@@ -1,0 +1,95 @@
+"""Starting and stopping as an operator does: a real process, real signals, a real client."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx_models
+import pytest
+import tritonclient.grpc as triton
+
+
+class ServerProcess:
+    """`headrace serve` on free ports. Reads its log lines as they come."""
+
+    def __init__(self, repository: Path, *flags: str) -> None:
+        command = [sys.executable, "-m", "headrace.cli", "serve", "--models", str(repository)]
+        command += ["--grpc", "127.0.0.1:0", "--http", "127.0.0.1:0", "--log-format", "json", *flags]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        assert self.process.stderr is not None
+        self._stderr: IO[str] = self.process.stderr
+        self.events: list[dict[str, Any]] = []
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        for line in self._stderr:
+            self.events.append(json.loads(line))
+            if self.events[-1]["event"] == event:
+                return self.events[-1]
+        raise AssertionError(f"the server ended before {event!r}: {self.events}")
+
+    def finish(self) -> int:
+        for line in self._stderr:
+            self.events.append(json.loads(line))
+        return self.process.wait(timeout=20)
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    onnx_models.save(onnx_models.slow(), tmp_path / "slow" / "1")
+    return tmp_path
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[ServerProcess]:
+    process = ServerProcess(repository)
+    yield process
+    process.process.kill()
+    process.process.wait()
+    process._stderr.close()
+
+
+def slow_input() -> list[triton.InferInput]:
+    tensor = triton.InferInput("x", [1, 4], "FP32")
+    tensor.set_data_from_numpy(np.ones((1, 4), np.float32))
+    return [tensor]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_what_was_admitted_and_exits_0(server: ServerProcess, number: signal.Signals) -> None:
+    address = server.wait_for("server listening")["grpc"][0]
+    server.wait_for("server ready")
+    with triton.InferenceServerClient(address) as client:
+        results: list[object] = []
+        done = threading.Semaphore(0)
+
+        def keep(result: object, error: object) -> None:
+            results.append(error or result)
+            done.release()
+
+        for _ in range(4):
+            client.async_infer("slow", slow_input(), keep)
+        # The four are with the server once a fifth call, on the same connection, has been answered.
+        assert client.is_server_live()
+        server.process.send_signal(number)
+        for _ in range(4):
+            assert done.acquire(timeout=20)
+    assert [type(result) for result in results] == [triton.InferResult] * 4
+    assert server.finish() == 0
+    assert server.events[-1]["event"] == "server stopped"
+    assert not [event for event in server.events if event["level"] in ("error", "warning")]
+
+
+def test_a_repository_that_is_not_there_is_wrong_use_in_one_line(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "headrace.cli", "serve", "--models", str(tmp_path / "nowhere"), "--grpc", "127.0.0.1:0", "--http", ""]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2
+    assert "expected a directory, found nothing" in ended.stderr
+    assert "Traceback" not in ended.stderr
