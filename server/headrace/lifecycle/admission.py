@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from headrace.config import BatchingConfig
-from headrace.errors import InvalidRequest
-from headrace.requests import InferRequest, Parameters, Reply, Ticket
+from headrace.errors import InvalidRequest, Unsupported
+from headrace.requests import InferRequest, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import Signature
 
 NEVER = float("inf")
@@ -14,6 +14,8 @@ _KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "tri
 def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRequest, reply: Reply, arrived: float) -> Ticket:
     """Raises InvalidRequest. `arrived` and the reply's deadline are on one monotonic clock."""
     admission = signature.validate(request)
+    for output in request.outputs:
+        _check_output_parameters(output)
     priority = batching.default_priority_level
     expires = reply.deadline if reply.deadline is not None else NEVER
     timeout = batching.default_timeout
@@ -34,6 +36,14 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
         expires=expires,
         arrived=arrived,
     )
+
+
+def _check_output_parameters(output: RequestedOutput) -> None:
+    """Ignoring what a client asks of an output would give it another tensor than it expects."""
+    if "classification" in output.parameters:
+        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
+    if "shared_memory_region" in output.parameters:
+        raise Unsupported(f"output '{output.name}': Client shared memory is disabled on this server; leave the region out")
 
 
 def _check_reserved(parameters: Parameters) -> None:

@@ -1,0 +1,101 @@
+"""The layers of docs/architecture.md, held by reading every module's imports. Imports go down only."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).parents[2] / "server"
+
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("headrace.errors",),
+    ("headrace.requests",),
+    ("headrace.signature", "headrace.telemetry.log"),
+    ("headrace.config",),
+    ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
+    ("headrace.batching.batch_queue", "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy"),
+    ("headrace.backends.base", "headrace.model_files", "headrace.sources.base"),
+    ("headrace.backends.onnxruntime", "headrace.backends.registry", "headrace.sources.directory", "headrace.lifecycle.effective"),
+    ("headrace.lifecycle.view", "headrace.lifecycle.admission", "headrace.batching.batcher"),
+    ("headrace.backends.worker", "headrace.lifecycle.warm_up", "headrace.lifecycle.version", "headrace.lifecycle.manager"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http"),
+    ("headrace.app",),
+    ("headrace.testing", "headrace.cli"),
+)
+"""Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
+
+PURE = (
+    "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy", "headrace.wire",
+)  # fmt: skip
+IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
+ADAPTERS = ("headrace.backends.onnxruntime", "headrace.sources.directory")
+
+
+def imports_of(tree: ast.AST) -> Iterator[str]:
+    """Modules imported when this one is: not those inside functions or under TYPE_CHECKING."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide the layer"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, (ast.If, ast.Try, ast.ClassDef)) and "TYPE_CHECKING" not in ast.dump(node.test if isinstance(node, ast.If) else ast.Pass()):
+            yield from imports_of(node)
+
+
+def layer_of(module: str) -> int | None:
+    found = [(len(name), level) for level, names in enumerate(LAYERS) for name in names if module == name or module.startswith(name + ".")]
+    return max(found)[1] if found else None
+
+
+def belongs(module: str, names: tuple[str, ...]) -> bool:
+    return any(module == name or module.startswith(name + ".") for name in names)
+
+
+def violations(module: str, source: str) -> list[str]:
+    found = []
+    level = layer_of(module)
+    for imported in imports_of(ast.parse(source)):
+        root = imported.partition(".")[0]
+        target = layer_of(imported)
+        if level is not None and target is not None and target > level:
+            found.append(f"{module} imports {imported}, which is above it")
+        if belongs(module, PURE) and root in IMPURE:
+            found.append(f"{module} is pure and imports {root}")
+        if root in ("grpc", "grpc_reflection") and not module.startswith("headrace.rpc"):
+            found.append(f"{module} imports {root}, which only headrace.rpc may")
+        if belongs(imported, ADAPTERS) and not belongs(module, ADAPTERS) and module not in ("headrace.app", "headrace.cli"):
+            found.append(f"{module} names the adapter {imported}, which only the app may")
+        if belongs(module, ADAPTERS) and belongs(imported, ADAPTERS):
+            found.append(f"the adapter {module} imports the adapter {imported}")
+    return found
+
+
+MODULES = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts).removesuffix(".__init__"): path for path in sorted(SOURCE.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_go_down_only(module: str) -> None:
+    assert module == "headrace" or layer_of(module) is not None or module.count(".") == 1, f"{module} is in no layer"
+    assert violations(module, MODULES[module].read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "text"),
+    [
+        ("headrace.errors", "from headrace.app import Server", "above"),
+        ("headrace.batching.batch_queue", "import threading", "pure"),
+        ("headrace.wire.codec", "import asyncio", "pure"),
+        ("headrace.lifecycle.manager", "import grpc", "only headrace.rpc"),
+        ("headrace.lifecycle.version", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "only the app"),
+        ("headrace.sources.directory", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "the adapter"),
+    ],
+)
+def test_the_check_finds_what_it_is_for(module: str, source: str, text: str) -> None:
+    assert any(text in violation for violation in violations(module, source))
