@@ -100,9 +100,7 @@ class BatchTimes:
         self.reason = reason
 
     def __repr__(self) -> str:
-        return (
-            f"BatchTimes({len(self.arrived)} requests, {self.rows} of {self.padded_rows} rows, {self.done - self.taken:.6f} s)"
-        )
+        return f"BatchTimes({len(self.arrived)} requests, {self.rows}/{self.padded_rows} rows, {self.done - self.taken:.6f} s)"
 
 
 class CounterShard:

@@ -27,11 +27,9 @@ class MachineCollector(Collector):
             self._busy, self._total = busy, total
         memory = self._read_memory()
         if memory:
-            total_bytes, available = memory["MemTotal"], memory["MemAvailable"]
-            yield GaugeMetricFamily("nv_cpu_memory_total_bytes", "Memory of the machine.", value=total_bytes)
-            yield GaugeMetricFamily(
-                "nv_cpu_memory_used_bytes", "Memory of the machine not available.", value=total_bytes - available
-            )
+            total, used = memory["MemTotal"], memory["MemTotal"] - memory["MemAvailable"]
+            yield GaugeMetricFamily("nv_cpu_memory_total_bytes", "Memory of the machine.", value=total)
+            yield GaugeMetricFamily("nv_cpu_memory_used_bytes", "Memory of the machine not available.", value=used)
 
     def _read_processor_times(self) -> tuple[int, int]:
         """(busy, all) in clock ticks since boot. Guest time is in user time already; idle and iowait are not busy."""
