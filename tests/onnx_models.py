@@ -56,7 +56,10 @@ def mlp(*widths: int, seed: int = 0) -> ModelProto:
     for layer, (wide, narrow) in enumerate(itertools.pairwise(widths)):
         is_last = layer == len(widths) - 2
         weight = generator.standard_normal((wide, narrow), np.float32) / np.float32(np.sqrt(wide))
-        weights += [numpy_helper.from_array(weight, f"w{layer}"), numpy_helper.from_array(np.zeros(narrow, np.float32), f"b{layer}")]
+        weights += [
+            numpy_helper.from_array(weight, f"w{layer}"),
+            numpy_helper.from_array(np.zeros(narrow, np.float32), f"b{layer}"),
+        ]
         nodes.append(helper.make_node("Gemm", [previous, f"w{layer}", f"b{layer}"], ["y" if is_last else f"h{layer}"]))
         previous = f"r{layer}"
         if not is_last:
@@ -69,7 +72,9 @@ def mlp(*widths: int, seed: int = 0) -> ModelProto:
 
 def two_inputs_two_outputs() -> ModelProto:
     """a[N,3], b[N,3] -> sum[N,3], product[N,3]."""
-    return parse("g (float[N,3] a, float[N,3] b) => (float[N,3] sum, float[N,3] product) { sum = Add(a, b) product = Mul(a, b) }")
+    return parse(
+        "g (float[N,3] a, float[N,3] b) => (float[N,3] sum, float[N,3] product) { sum = Add(a, b) product = Mul(a, b) }"
+    )
 
 
 def scalar_factor() -> ModelProto:
@@ -111,8 +116,10 @@ def ragged_conv() -> ModelProto:
 
 
 def strings_upper() -> ModelProto:
-    """x[N] -> y[N], upper case of ASCII. The locale is one that every machine has; the operator's default, en_US.UTF-8, is not."""
-    return parse('g (string[N] x) => (string[N] y) { y = StringNormalizer <case_change_action = "UPPER", locale = "C.UTF-8"> (x) }')
+    """x[N] -> y[N], upper case. The operator's default locale, en_US.UTF-8, is not on every machine; this one is."""
+    return parse(
+        'g (string[N] x) => (string[N] y) { y = StringNormalizer <case_change_action = "UPPER", locale = "C.UTF-8"> (x) }'
+    )
 
 
 def strings_concat() -> ModelProto:
@@ -154,7 +161,10 @@ def fixed_batch(size: int = 1) -> ModelProto:
 def state_carrier() -> ModelProto:
     """x[N,4], state[2,N,4] -> y[N,4], state_out[2,N,4]: its batch dimension is not the first one everywhere."""
     return parse("""
-        g (float[N,4] x, float[2,N,4] state) => (float[N,4] y, float[2,N,4] state_out) { y = Identity(x) state_out = Add(state, x) }""")
+        g (float[N,4] x, float[2,N,4] state) => (float[N,4] y, float[2,N,4] state_out) {
+            y = Identity(x)
+            state_out = Add(state, x)
+        }""")
 
 
 def false_batch_axis() -> ModelProto:

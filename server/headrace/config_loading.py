@@ -43,6 +43,7 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
     """Raises ConfigError naming the file and the key."""
     where = f"{name}/{path.name}"
     table = _read_toml(path)
+    origins = dict.fromkeys(table, path.name)
     sections = {
         "instances": _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]"),
         "inputs": tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where)),
@@ -58,7 +59,7 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
         instances=InstanceConfig(**sections["instances"]),
         inputs=sections["inputs"],
         outputs=sections["outputs"],
-        provenance=dict.fromkeys(table, path.name),
+        provenance=origins,
         **_read_section(ModelConfig, model, where),
     )
 

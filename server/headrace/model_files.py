@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from headrace.config import ModelConfig
@@ -10,26 +11,45 @@ from headrace.errors import ConfigError
 from headrace.wire.config_pbtxt import parse_config_pbtxt
 
 
+def model_name(directory: Path) -> str:
+    """The directory's own name, also where that is a symbolic link to a differently named one, or was given as '.'."""
+    return Path(os.path.abspath(directory)).name
+
+
 def load_model_config(directory: Path, name: str) -> ModelConfig:
-    """model.toml, or a Triton config.pbtxt, or the defaults. Both at once is an error: one of them would be ignored silently."""
+    """model.toml, or a Triton config.pbtxt, or the defaults. Both at once is an error: one would be ignored silently."""
     toml, pbtxt = directory / "model.toml", directory / "config.pbtxt"
     if toml.exists() and pbtxt.exists():
         raise ConfigError(f"model '{name}' has both model.toml and config.pbtxt; expected one of them")
     if toml.exists():
         return load_model_toml(toml, name)
     if pbtxt.exists():
-        config = parse_config_pbtxt(pbtxt.read_text(encoding="utf-8"), f"{name}/config.pbtxt", name)
+        place = f"{name}/{pbtxt.name}"
+        config = parse_config_pbtxt(_read_text(pbtxt, place), place, name)
         if config.name != name:
-            raise ConfigError(f"{name}/config.pbtxt: expected name '{name}' as its directory, got '{config.name}'")
+            raise ConfigError(f"{place}: expected name '{name}' as its directory, got '{config.name}'")
         return config
     return ModelConfig(name)
 
 
 def load_labels(directory: Path, filename: str) -> tuple[str, ...]:
-    """One class name a line. The file must lie inside the model's directory."""
+    """One class name a line, the first for index 0; an empty line is a class without a name.
+
+    The file must lie inside the model's directory: a configuration must not be a way to read the rest of the machine.
+    """
     path = (directory / filename).resolve()
     if not path.is_relative_to(directory.resolve()):
-        raise ConfigError(f"labels file {filename!r}: expected a file inside the model's directory")
+        raise ConfigError(f"labels file '{filename}': expected a file inside the model's directory")
     if not path.is_file():
-        raise ConfigError(f"labels file {filename!r}: not found in the model's directory")
-    return tuple(line.rstrip("\r") for line in path.read_text(encoding="utf-8").split("\n") if line.strip())
+        raise ConfigError(f"labels file '{filename}': not found in the model's directory")
+    return tuple(_read_text(path, f"labels file '{filename}'").removesuffix("\n").split("\n"))
+
+
+def _read_text(path: Path, place: str) -> str:
+    """Line ends as \\n. Raises ConfigError with `place` for what cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{place}: expected UTF-8, byte {error.start} is not") from None
+    except OSError as error:
+        raise ConfigError(f"{place}: {error.strerror}") from None

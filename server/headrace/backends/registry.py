@@ -16,7 +16,12 @@ def load_backends() -> dict[str, type[Backend]]:
     backends: dict[str, type[Backend]] = {}
     for entry in entry_points(group=GROUP):
         try:
-            backends[entry.name] = entry.load()
-        except Exception as error:
+            found = entry.load()
+        except Exception as error:  # whatever a stranger's module does when it is imported
             log.error("backend not importable", backend=entry.name, reason=str(error))
+            continue
+        if isinstance(found, type) and issubclass(found, Backend):
+            backends[entry.name] = found
+        else:
+            log.error("backend not usable", backend=entry.name, expected="a class that derives from Backend", got=repr(found))
     return backends

@@ -1,4 +1,4 @@
-"""A model's effective configuration: what its artifact says, overridden by model.toml or config.pbtxt, each value with its origin.
+"""A model's effective configuration: what its artifact says, below model.toml or config.pbtxt, with the origin of each value.
 
 `resolve` is pure; `resolve_model` reads the files it needs.
 """
@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
+from headrace.config_loading import option_keys
 from headrace.errors import ConfigError, LoadError
-from headrace.model_files import load_labels, load_model_config
+from headrace.model_files import load_labels, load_model_config, model_name
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 
 DEFAULT_MAX_BATCH_SIZE = 64
@@ -44,23 +46,32 @@ class EffectiveModel:
 
 def resolve_model(model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
     """Read configuration and artifact of one version. Raises ConfigError or LoadError with what to change. Blocking."""
-    config = load_model_config(model_directory, model_directory.resolve().name)
+    config = load_model_config(model_directory, model_name(model_directory))
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
     if backend is None:
-        raise ConfigError(f"unknown backend '{backend_name}'{_nearest(backend_name, backends)}; installed: {', '.join(sorted(backends))}")
+        hint = f"{_nearest(backend_name, backends)}; installed: {', '.join(sorted(backends)) or 'none'}"
+        raise ConfigError(f"{_source(config)}: unknown backend '{backend_name}'{hint}")
     filename = config.filename or backend.default_filename
+    if Path(filename).name != filename:
+        raise ConfigError(
+            f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'"
+        )
     artifact = backend.inspect(select_file(version_directory, filename))
-    labels = {t.name: load_labels(model_directory, t.labels) for t in config.outputs if t.labels}
+    labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}
     return resolve(config, artifact, backend=backend_name, platform=backend.platform, filename=filename, labels=labels)
 
 
 def _detect_backend(directory: Path, backends: BackendRegistry) -> str:
-    for name, backend in sorted(backends.items()):
-        if (directory / backend.default_filename).exists():
-            return name
-    known = ", ".join(sorted(backend.default_filename for backend in backends.values())) or "none: no backend is installed"
-    raise LoadError(f"no model file in {directory.parent.name}/{directory.name}: expected one of {known}")
+    place = f"{directory.parent.name}/{directory.name}"
+    found = sorted(name for name, backend in backends.items() if (directory / backend.default_filename).exists())
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise ConfigError(f"{place} has files for several backends: {', '.join(found)}; choose one by 'backend' in model.toml")
+    known = ", ".join(sorted(backend.default_filename for backend in backends.values())) or "nothing: no backend is installed"
+    present = ", ".join(sorted(child.name for child in directory.iterdir())) or "nothing"
+    raise LoadError(f"no model file in {place}: expected {known}, found {present}; 'filename' in model.toml sets another name")
 
 
 def resolve(
@@ -74,100 +85,169 @@ def resolve(
 ) -> EffectiveModel:
     """Artifact below configuration. Raises ConfigError where the configuration contradicts the artifact.
 
-    Unlike Triton, `max_batch_size = 0` written down means literal shapes; only leaving it out has it inferred.
+    Where this differs from Triton: a `max_batch_size = 0` that is written down means literal shapes, only leaving it out has it
+    inferred (Triton takes both for absent); what is inferred is 64 rows, not 4, since a batch costs nothing until there is a
+    queue; and a configuration need not repeat the tensors: what it says of some is checked, the rest is the artifact's.
     """
-    inferred, reason = infer_batching(artifact)
+    _check_names(config, artifact)
+    inferred, reason = infer_batching(config, artifact)
     asked = config.batching.max_batch_size
     if asked and not inferred:
-        raise ConfigError(f"max_batch_size {asked}: the model cannot be batched, {reason}")
-    size = asked if asked is not None else inferred
-    provenance = dict(config.provenance)
-    provenance.setdefault("max_batch_size", f"{filename}: {reason}")
-    provenance.setdefault("backend", f"{filename} found")
-    inputs = _override(config.name, "input", artifact.inputs, config.inputs, bool(size), provenance, filename)
-    outputs = _override(config.name, "output", artifact.outputs, config.outputs, bool(size), provenance, filename)
+        raise ConfigError(f"{_source(config)}: max_batch_size {asked}: the model cannot be batched, {reason}")
+    size = inferred if asked is None else asked
     batching = dataclasses.replace(config.batching, max_batch_size=size)
-    _check_allowed_sizes(batching)
-    notes = () if size else (f"not batched: {reason if asked is None else 'max_batch_size is 0'}",)
+    _check_allowed_sizes(config, size, reason)
     return EffectiveModel(
         config=config,
         backend=backend,
         platform=platform,
         filename=filename,
-        signature=Signature(config.name, inputs, outputs, size),
+        signature=Signature(
+            config.name,
+            _settle(config, "input", artifact.inputs, config.inputs, bool(size)),
+            _settle(config, "output", artifact.outputs, config.outputs, bool(size)),
+            size,
+        ),
         batching=batching,
         instances=config.instances,
-        provenance=provenance,
-        notes=notes,
+        provenance=_provenance(config, artifact, filename, reason),
+        notes=(*config.notes, *_batching_notes(config, artifact, size, reason)),
         labels=labels,
     )
 
 
-def infer_batching(artifact: ArtifactSignature) -> tuple[int, str]:
-    """(max_batch_size, why): batching when the first dimension of every tensor is free."""
-    for kind, specs in (("input", artifact.inputs), ("output", artifact.outputs)):
-        for spec in specs:
-            if not spec.shape:
-                return 0, f"{kind} '{spec.name}' is a scalar"
-            if spec.shape[0] >= 0:
-                return 0, f"{kind} '{spec.name}' has a fixed first dimension of {spec.shape[0]}"
+# -- the batch axis ----------------------------------------------------------------------------------------------------
+
+
+def infer_batching(config: ModelConfig, artifact: ArtifactSignature) -> tuple[int, str]:
+    """(max_batch_size, why): batching when the first dimension of every tensor is free, as far as declarations tell.
+
+    That a free first dimension really is the batch is found out by the warm-up, which runs a batch of two.
+    """
     if not artifact.inputs:
         return 0, "it has no inputs"
+    given = {("input", t.name) for t in config.inputs if t.shape} | {("output", t.name) for t in config.outputs if t.shape}
+    for kind, specs in (("input", artifact.inputs), ("output", artifact.outputs)):
+        for spec in specs:
+            if not spec.shape and (kind, spec.name) not in given:
+                return 0, f"{kind} '{spec.name}' is a scalar, or declares no shape (then set its shape in model.toml)"
+            if spec.shape and spec.shape[0] >= 0:
+                return 0, f"{kind} '{spec.name}' has a fixed first dimension of {spec.shape[0]}"
+    if config.batching.allowed_batch_sizes:
+        return config.batching.allowed_batch_sizes[-1], "the last of allowed_batch_sizes"
     return DEFAULT_MAX_BATCH_SIZE, "the first dimension of every tensor is free"
 
 
-def _check_allowed_sizes(batching: BatchingConfig) -> None:
-    sizes, largest = batching.allowed_batch_sizes, batching.max_batch_size or 0
+def _batching_notes(config: ModelConfig, artifact: ArtifactSignature, size: int, reason: str) -> Iterator[str]:
+    if size:
+        return
+    if config.batching.max_batch_size == 0:
+        yield f"not batched: max_batch_size is 0 in {_source(config)}"
+    elif artifact.inputs and all(spec.shape[:1] == (1,) for spec in artifact.inputs):
+        yield "not batched: made for one row, every input has a fixed first dimension of 1; export it with a free one to batch"
+    else:
+        yield f"not batched: {reason}"
+
+
+def _check_allowed_sizes(config: ModelConfig, largest: int, reason: str) -> None:
+    sizes = list(config.batching.allowed_batch_sizes)
     if not sizes:
         return
-    if list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != largest:
-        raise ConfigError(f"allowed_batch_sizes: expected ascending sizes that end with max_batch_size {largest}, got {list(sizes)}")
+    subject = f"{_source(config)}: allowed_batch_sizes {sizes}"
+    if not largest:
+        raise ConfigError(
+            f"{subject}: the model is not batched, {'max_batch_size is 0' if config.batching.max_batch_size == 0 else reason}"
+        )
+    if sizes != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != largest:
+        raise ConfigError(f"{subject}: expected ascending sizes from 1 that end with max_batch_size {largest}")
 
 
-def _override(
-    model: str,
-    kind: str,
-    specs: Sequence[TensorSpec],
-    overrides: Sequence[TensorConfig],
-    is_batching: bool,
-    provenance: dict[str, str],
-    filename: str,
+# -- tensors -----------------------------------------------------------------------------------------------------------
+
+
+def _check_names(config: ModelConfig, artifact: ArtifactSignature) -> None:
+    """Raises ConfigError for a tensor in the configuration that the artifact does not have, and for one that is there twice."""
+    for kind, overrides, specs in (("input", config.inputs, artifact.inputs), ("output", config.outputs, artifact.outputs)):
+        known = [spec.name for spec in specs]
+        names = [override.name for override in overrides]
+        for name in names:
+            if name not in known:
+                raise ConfigError(
+                    f"{_source(config)}: {kind} '{name}' is not in the model{_nearest(name, known)}; it has {', '.join(known)}"
+                )
+            if names.count(name) > 1:
+                raise ConfigError(f"{_source(config)}: {kind} '{name}' is there twice")
+
+
+def _settle(
+    config: ModelConfig, kind: str, specs: Sequence[TensorSpec], overrides: Sequence[TensorConfig], is_batching: bool
 ) -> tuple[TensorSpec, ...]:
     by_name = {override.name: override for override in overrides}
-    names = [spec.name for spec in specs]
-    for name in by_name:
-        if name not in names:
-            raise ConfigError(f"{kind} '{name}' is not in the model '{model}'{_nearest(name, names)}; it has {', '.join(names)}")
-    settled = []
-    for spec in specs:
-        override = by_name.get(spec.name)
-        provenance.setdefault(f"{kind}.{spec.name}", filename)
-        settled.append(spec if override is None else _apply(kind, spec, override, is_batching))
-    return tuple(settled)
+    nothing = TensorConfig()
+    try:
+        return tuple(_apply(kind, spec, by_name.get(spec.name, nothing), is_batching) for spec in specs)
+    except ConfigError as error:
+        reason = str(error)
+    raise ConfigError(f"{_source(config)}: {reason}")
 
 
 def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: bool) -> TensorSpec:
     if override.datatype is not None and override.datatype != spec.datatype.value:
-        raise ConfigError(f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}")
+        raise ConfigError(
+            f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}"
+        )
+    if kind == "input" and override.labels:
+        raise ConfigError(f"input '{spec.name}': labels are for outputs")
+    if override.optional and not spec.optional:
+        raise ConfigError(f"{kind} '{spec.name}': the model cannot do without it, the configuration says optional")
     shape = spec.shape
     if override.shape is not None:
-        shape = ((-1,) if is_batching else ()) + override.shape
-        if not _narrows(spec.shape, shape):
-            raise ConfigError(
-                f"{kind} '{spec.name}': the model has shape {format_shape(spec.shape)}, the configuration says {format_shape(shape)}; "
-                "only free dimensions (-1) can be set"
-            )
-        shape = tuple(d if w == -1 else w for d, w in zip(spec.shape, shape, strict=True))
-    optional = spec.optional if override.optional is None else override.optional
-    return dataclasses.replace(spec, shape=shape, optional=optional)
+        shape = _narrow(kind, spec, ((-1,) if is_batching else ()) + override.shape)
+    return dataclasses.replace(spec, shape=shape, optional=spec.optional if override.optional is None else override.optional)
 
 
-def _narrows(declared: Shape, wanted: Shape) -> bool:
-    """A config.pbtxt may leave a dimension free that the artifact fixes (Triton accepts it): then the artifact's holds."""
-    return len(declared) == len(wanted) and all(d in (-1, w) or w == -1 for d, w in zip(declared, wanted, strict=True))
+def _narrow(kind: str, spec: TensorSpec, wanted: Shape) -> Shape:
+    """A dimension may be free on either side: then the other one's holds (a config.pbtxt may leave free what the model fixes).
+    A tensor that declares no shape looks like a scalar and takes any."""
+    if not spec.shape:
+        return wanted
+    if len(spec.shape) != len(wanted) or any(d not in (-1, w) and w != -1 for d, w in zip(spec.shape, wanted, strict=True)):
+        raise ConfigError(
+            f"{kind} '{spec.name}': the model has shape {format_shape(spec.shape)}, the configuration says "
+            f"{format_shape(wanted)} (with the batch dimension, if there is one); only free dimensions (-1) can be set"
+        )
+    return tuple(d if w == -1 else w for d, w in zip(spec.shape, wanted, strict=True))
+
+
+# -- where each value came from ----------------------------------------------------------------------------------------
+
+
+def _source(config: ModelConfig) -> str:
+    """The configuration file as messages call it. A model has at most one."""
+    return next(iter(config.provenance.values()), f"model '{config.name}'")
+
+
+def _provenance(config: ModelConfig, artifact: ArtifactSignature, filename: str, batching_reason: str) -> dict[str, str]:
+    """The file's own record first; then every value that is not the default came from it too; then what was inferred."""
+    origins = dict(config.provenance)
+    for section in (config.batching, config.instances):
+        for key, field in option_keys(type(section)).items():
+            if getattr(section, field.name) != _default(field):
+                origins.setdefault(key, _source(config))
+    origins.setdefault("max_batch_size", f"{filename}: {batching_reason}")
+    origins.setdefault("backend", f"{filename} found")
+    for kind, specs, overrides in (("input", artifact.inputs, config.inputs), ("output", artifact.outputs, config.outputs)):
+        for spec in specs:
+            override = next((o for o in overrides if o.name == spec.name), None)
+            has_changed = override is not None and (override.shape is not None or override.optional is not None)
+            origins[f"{kind}.{spec.name}"] = f"{filename}, {_source(config)}" if has_changed else filename
+    return origins
+
+
+def _default(field: dataclasses.Field[Any]) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _nearest(name: str, known: Sequence[str] | Mapping[str, object]) -> str:
     near = difflib.get_close_matches(name, list(known), 1)
     return f", did you mean '{near[0]}'?" if near else ""
-

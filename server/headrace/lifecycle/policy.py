@@ -15,9 +15,14 @@ def select_versions(available: Collection[int], policy: str) -> list[int]:
     if policy == "all":
         return sorted(available)
     kind, _, count = policy.partition(":")
-    if kind == "latest" and count.isdigit() and int(count) > 0:
+    if kind == "latest" and _is_number(count) and int(count) > 0:
         return sorted(available)[-int(count) :]
     numbers = [part.strip() for part in policy.split(",")]
-    if all(number.isdigit() for number in numbers):
+    if all(_is_number(number) for number in numbers):
         return sorted({int(number) for number in numbers} & set(available))
     raise ConfigError(f"version_policy: expected 'latest:N', 'all' or version numbers such as '1,3', got {policy!r}")
+
+
+def _is_number(text: str) -> bool:
+    """str.isdigit alone is true of '²', which int() refuses."""
+    return text.isascii() and text.isdigit()

@@ -349,10 +349,16 @@ def test_threads_default_to_this_processs_cores_divided_by_instances(tmp_path: P
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"graph_optimisation_level": "all"}, "unknown onnxruntime option 'graph_optimisation_level', did you mean 'graph_optimi"),
+        (
+            {"graph_optimisation_level": "all"},
+            "unknown onnxruntime option 'graph_optimisation_level', did you mean 'graph_optimi",
+        ),
         ({"session.set_denormals_as_zero": "1"}, "did you mean 'session.set_denormal_as_zero'"),
         ({"qqq": "1"}, "unknown onnxruntime option 'qqq', known: graph_optimization_level, "),
-        ({"graph_optimization_level": "9"}, "'graph_optimization_level': expected one of disable, basic, extended, all, got '9'"),
+        (
+            {"graph_optimization_level": "9"},
+            "'graph_optimization_level': expected one of disable, basic, extended, all, got '9'",
+        ),
         ({"enable_mem_pattern": "yes"}, "'enable_mem_pattern': expected true or false, got 'yes'"),
         ({"inter_op_num_threads": "0"}, "'inter_op_num_threads': expected a whole number from 1, got '0'"),
     ],
