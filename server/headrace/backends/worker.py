@@ -24,7 +24,9 @@ log = get_logger(__name__)
 
 
 class Encoder(Protocol):
-    def encode(self, id: str, outputs: tuple[int, ...], arrays: Sequence[Array], start: int, stop: int, rows_axis: bool) -> bytes: ...
+    def encode_batch(
+        self, tickets: Sequence[Ticket], wanted: tuple[int, ...], arrays: Sequence[Array], rows_axis: bool
+    ) -> list[Answer]: ...
 
 
 class BatchRunner:
@@ -59,7 +61,7 @@ class BatchRunner:
         arrays = backend.execute(inputs, [self._output_names[index] for index in wanted])
         output_start = time.monotonic()
         self._check_rows(arrays, wanted, padded)
-        answers = self._encode(tickets, wanted, arrays)
+        answers = self._encoder.encode_batch(tickets, wanted, arrays, self._signature.max_batch_size > 0)
         times = BatchTimes(
             rows=rows,
             padded_rows=padded,
@@ -82,21 +84,6 @@ class BatchRunner:
                     f"output '{self._output_names[index]}' of '{self._name}': expected {rows} rows, got shape {tuple(array.shape)}; "
                     "the model does not keep the batch dimension, set max_batch_size = 0 in its model.toml"
                 )
-
-    def _encode(self, tickets: Sequence[Ticket], wanted: tuple[int, ...], arrays: Sequence[Array]) -> list[Answer]:
-        answers: list[Answer] = []
-        is_batching = self._signature.max_batch_size > 0
-        start = 0
-        for ticket in tickets:
-            outputs = ticket.outputs
-            chosen = arrays if outputs == wanted else [arrays[wanted.index(index)] for index in outputs]
-            stop = start + ticket.rows
-            try:
-                answers.append(self._encoder.encode(ticket.id, outputs, chosen, start, stop, is_batching))
-            except HeadraceError as error:
-                answers.append(error)
-            start = stop
-        return answers
 
 
 @dataclass(frozen=True, slots=True)

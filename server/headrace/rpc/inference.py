@@ -8,7 +8,7 @@ from headrace.errors import NotReady
 from headrace.lifecycle.view import ModelsView
 from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
-from headrace.wire.codec import decode_request
+from headrace.wire.request_layouts import RequestDecoder
 
 MAX_RESOLVES = 4
 """A version can begin to drain between being found and being asked; the next look finds its successor. More than a few rounds
@@ -16,10 +16,11 @@ would mean that versions change faster than one request is handed over."""
 
 
 class InferenceService:
-    """Stateless; any thread."""
+    """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
     def __init__(self, models: ModelsView) -> None:
         self._models = models
+        self._decode = RequestDecoder().decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
         """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later.
@@ -29,7 +30,7 @@ class InferenceService:
         arrived = time.monotonic()
         request = None
         try:
-            request = decode_request(message)
+            request = self._decode(message)
             self._submit(request, reply, arrived)
         except Exception as error:
             reply.fail(as_known(error, "ModelInfer", request.id if request else ""))

@@ -1,0 +1,169 @@
+"""Requests that look like earlier ones, decoded without parsing.
+
+A client sends the same message over and over: model, names, datatypes, shapes, requested outputs and parameters stay, the
+tensors' bytes and the id change. A layout remembers one message with those two cut out. Another message of the same length that
+equals it in every byte outside the cuts has the same structure, because all tags and lengths lie outside; so it decodes to the
+same request with other contents. Nothing is assumed, everything is compared: 0.65 µs for a 16-float request where parsing takes 3.1.
+
+Rule for changing this file: a layout may only skip bytes whose meaning cannot depend on their value. Those of a raw tensor and
+of an id are such; anything with structure (parameters, typed contents) is not.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from headrace.requests import InferRequest, InputTensor, Parameters, RequestedOutput
+from headrace.signature import Shape
+from headrace.wire.codec import RAW_INPUT_CONTENTS, SCAN_THRESHOLD, decode_request, read_field
+from headrace.wire.tensors import decode_bytes_tensor
+
+_ID = 3
+
+
+class _Input(NamedTuple):
+    """One tensor of a layout and where its raw bytes are. `elements`: how many BYTES has, -1 for other datatypes."""
+
+    name: str
+    datatype: str
+    shape: Shape
+    parameters: Parameters
+    start: int
+    stop: int
+    elements: int
+
+
+class Layout:
+    """One message with its raw contents and id cut out. Immutable."""
+
+    __slots__ = ("fixed", "id_start", "id_stop", "inputs", "is_large", "model", "outputs", "parameters", "version")
+
+    def __init__(
+        self,
+        request: InferRequest,
+        inputs: tuple[_Input, ...],
+        fixed: tuple[tuple[bytes, int], ...],
+        id_span: tuple[int, int],
+        is_large: bool,
+    ) -> None:
+        self.model = request.model
+        self.version = request.version
+        self.parameters = request.parameters
+        self.outputs: tuple[RequestedOutput, ...] = tuple(request.outputs)
+        self.inputs = inputs
+        self.fixed = fixed
+        self.id_start, self.id_stop = id_span
+        self.is_large = is_large
+
+    def read(self, message: bytes) -> InferRequest | None:
+        """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
+        are malformed."""
+        for expected, start in self.fixed:
+            if not message.startswith(expected, start):
+                return None
+        id = ""
+        if self.id_stop:
+            try:
+                id = message[self.id_start : self.id_stop].decode()
+            except UnicodeDecodeError:
+                # Not a string: left to the parser, which refuses it in its own words.
+                return None
+        source = memoryview(message) if self.is_large else message
+        inputs = []
+        for name, datatype, shape, parameters, start, stop, elements in self.inputs:
+            data = source[start:stop]
+            if elements < 0:
+                inputs.append(InputTensor(name, datatype, shape, data, parameters))
+            else:
+                strings = decode_bytes_tensor(data, elements, name, self.model)
+                inputs.append(InputTensor(name, datatype, shape, strings, parameters))
+        return InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters)
+
+
+MAX_FIXED_BYTES = 4096
+"""A layout with more is not remembered: comparing and keeping it would no longer be cheap."""
+
+
+def learn_layout(message: bytes, request: InferRequest) -> Layout | None:
+    """The layout of a message and the request that it was decoded to. None for a message that has none: typed contents, raw
+    entries that belong to no input, or an encoding that the scan does not read."""
+    raw: list[tuple[int, int]] = []
+    ids: list[tuple[int, int]] = []
+    position = 0
+    try:
+        while position < len(message):
+            field, start, stop = read_field(message, position)
+            if field == RAW_INPUT_CONTENTS:
+                raw.append((start, stop))
+            elif field == _ID:
+                ids.append((start, stop))
+            position = stop
+    except (IndexError, ValueError):
+        return None
+    if not raw or len(raw) != len(request.inputs) or len(ids) > 1:
+        return None
+    fixed = _fixed_parts(message, sorted(raw + ids))
+    if sum(len(part) for part, _ in fixed) > MAX_FIXED_BYTES:
+        return None
+    inputs = tuple(
+        _Input(
+            tensor.name,
+            tensor.datatype,
+            tensor.shape,
+            tensor.parameters,
+            *span,
+            math.prod(tensor.shape) if tensor.datatype == "BYTES" else -1,
+        )
+        for tensor, span in zip(request.inputs, raw, strict=True)
+    )
+    return Layout(request, inputs, fixed, ids[0] if ids else (0, 0), len(message) >= SCAN_THRESHOLD)
+
+
+def _fixed_parts(message: bytes, cuts: list[tuple[int, int]]) -> tuple[tuple[bytes, int], ...]:
+    """(bytes, where they start) of everything between the cuts, which are ascending."""
+    parts = []
+    position = 0
+    for start, stop in [*cuts, (len(message), len(message))]:
+        if start > position:
+            parts.append((message[position:start], position))
+        position = stop
+    return tuple(parts)
+
+
+class RequestDecoder:
+    """`decode_request` with a memory. Owns the layouts, one for each length of message; any thread may call it."""
+
+    LEARN_EVERY = 16
+    """Of the messages that fit no layout one in so many is learnt. Learning costs about 4 µs, which traffic that never repeats
+    must not pay each time, and this way the shapes in use push out the others."""
+    MAX_LAYOUTS = 256
+
+    def __init__(self) -> None:
+        self._layouts: dict[int, Layout] = {}
+        self._misses = 0
+
+    def __repr__(self) -> str:
+        return f"RequestDecoder({len(self._layouts)} layouts, {self._misses} misses)"
+
+    def decode(self, message: bytes) -> InferRequest:
+        """As `decode_request`."""
+        layout = self._layouts.get(len(message))
+        if layout is not None:
+            request = layout.read(message)
+            if request is not None:
+                return request
+        request = decode_request(message)
+        # Threads may lose a count to each other; what is learnt when is of no consequence.
+        self._misses += 1
+        if self._misses % self.LEARN_EVERY == 0:
+            self._learn(message, request)
+        return request
+
+    def _learn(self, message: bytes, request: InferRequest) -> None:
+        layout = learn_layout(message, request)
+        if layout is None:
+            return
+        if len(self._layouts) >= self.MAX_LAYOUTS and len(message) not in self._layouts:
+            self._layouts.clear()
+        self._layouts[len(message)] = layout
