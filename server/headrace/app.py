@@ -140,9 +140,9 @@ class Server:
     async def stop(self) -> None:
         """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
         grace = self.config.shutdown_grace
-        self.models.refuse_new_requests()
+        self.models.announce_stop()
         self.services.health.close()
-        # The transport refuses new calls at once and waits for those in flight, whose batches the workers still run.
+        # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
         await self.transport.stop(grace)
         await self.models.stop(grace)
         if self.http is not None:

@@ -41,7 +41,9 @@ def _parser() -> argparse.ArgumentParser:
     for key, field in option_keys(ServerConfig).items():
         _add_flag(serve, key, field)
     serve.set_defaults(run=_serve)
-    check = commands.add_parser("check", help="show what would be served, and why", description="Show every model's settings and their origin.")
+    check = commands.add_parser(
+        "check", help="show what would be served, and why", description="Show every model's settings and their origin."
+    )
     check.add_argument("repository", type=Path, help="a directory of models")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(run=_check)

@@ -15,7 +15,9 @@ from headrace.errors import ConfigError
 INT32_MAX = 2**31 - 1
 
 
-def _option(default: Any, doc: str, *, key: str = "", flag: str = "", scale: float = 1, choices: tuple[str, ...] = (), minimum: float | None = None) -> Any:
+def _option(
+    default: Any, doc: str, *, key: str = "", flag: str = "", scale: float = 1, choices: tuple[str, ...] = (), minimum: float | None = None
+) -> Any:
     """A field with what its documentation, environment variable and flag are made from. `scale`: file value × scale = ours."""
     metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum}
     return field(default=default, metadata=metadata)
@@ -68,21 +70,29 @@ def check_listener(name: str, listener: str) -> None:
 class BatchingConfig:
     """Who runs together. All counts are rows, not requests, so that one large request counts as what it costs."""
 
-    max_batch_size: int | None = _option(None, "Rows; left out: inferred from the artifact; 0: shapes are literal and nothing is batched.", minimum=0)
+    max_batch_size: int | None = _option(
+        None, "Rows; left out: inferred from the artifact; 0: shapes are literal and nothing is batched.", minimum=0
+    )
     max_queue_delay: float = _option(
         0.0, "How long a free instance waits for a batch to fill. 0: it runs what is there; waiting on an idle device only adds latency.",
         key="max_queue_delay_ms", scale=1e-3, minimum=0,
     )  # fmt: skip
     max_queue_size: int = _option(4096, "Rows that may wait; beyond it requests are refused at once. 0: unbounded.", minimum=0)
-    allowed_batch_sizes: tuple[int, ...] = _option((), "Ascending, the last is max_batch_size; batches are padded up to the next. Empty: any size.", minimum=1)
+    allowed_batch_sizes: tuple[int, ...] = _option(
+        (), "Ascending, the last is max_batch_size; batches are padded up to the next. Empty: any size.", minimum=1
+    )
     priority_levels: int = _option(0, "Levels that the `priority` parameter may name, 1 the most urgent. 0: it is ignored.", minimum=0)
     default_priority_level: int = _option(0, "The level of requests that name none; 0: the middle one.", minimum=0)
-    default_timeout: float = _option(0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0)
+    default_timeout: float = _option(
+        0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0
+    )
     allow_timeout_override: bool = _option(True, "Whether a request's `timeout` parameter may lower it.")
 
     def __post_init__(self) -> None:
         if self.default_priority_level > self.priority_levels:
-            raise ConfigError(f"default_priority_level: expected at most priority_levels {self.priority_levels}, got {self.default_priority_level}")
+            raise ConfigError(
+                f"default_priority_level: expected at most priority_levels {self.priority_levels}, got {self.default_priority_level}"
+            )
         if self.priority_levels and not self.default_priority_level:
             object.__setattr__(self, "default_priority_level", (self.priority_levels + 1) // 2)
 
@@ -101,7 +111,9 @@ class TensorConfig:
 
     name: str = _option("", "The tensor's name in the artifact.")
     datatype: str | None = _option(None, "Checked against the artifact's, e.g. FP32.")
-    shape: tuple[int, ...] | None = _option(None, "Without the batch dimension; may only set dimensions that the artifact leaves free.", minimum=-1)
+    shape: tuple[int, ...] | None = _option(
+        None, "Without the batch dimension; may only set dimensions that the artifact leaves free.", minimum=-1
+    )
     optional: bool | None = _option(None, "Whether requests may leave the input out.")
     labels: str | None = _option(None, "File of class names beside model.toml, one a line (outputs only).")
 

@@ -74,14 +74,16 @@ def test_a_signal_finishes_what_was_admitted_and_exits_0(server: ServerProcess, 
             results.append(error or result)
             done.release()
 
+        # Calls on a connection that is not up yet start in any order; on this one they arrive in theirs.
+        assert client.is_server_live()
         for _ in range(4):
             client.async_infer("slow", slow_input(), keep)
-        # The four are with the server once a fifth call, on the same connection, has been answered.
+        # So the four are with the server once a fifth has been answered.
         assert client.is_server_live()
         server.process.send_signal(number)
         for _ in range(4):
             assert done.acquire(timeout=20)
-    assert [type(result) for result in results] == [triton.InferResult] * 4
+    assert [str(result) for result in results if not isinstance(result, triton.InferResult)] == []
     assert server.finish() == 0
     assert server.events[-1]["event"] == "server stopped"
     assert not [event for event in server.events if event["level"] in ("error", "warning")]

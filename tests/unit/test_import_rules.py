@@ -16,7 +16,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.signature", "headrace.telemetry.log"),
     ("headrace.config",),
     ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
-    ("headrace.batching.batch_queue", "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy"),
+    (
+        "headrace.batching.batch_queue",
+        "headrace.batching.assemble",
+        "headrace.batching.latency",
+        "headrace.lifecycle.state",
+        "headrace.lifecycle.policy",
+    ),
     ("headrace.backends.base", "headrace.model_files", "headrace.sources.base"),
     ("headrace.backends.onnxruntime", "headrace.backends.registry", "headrace.sources.directory", "headrace.lifecycle.effective"),
     ("headrace.lifecycle.view", "headrace.lifecycle.admission", "headrace.batching.batcher"),
@@ -43,7 +49,9 @@ def imports_of(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, (ast.If, ast.Try, ast.ClassDef)) and "TYPE_CHECKING" not in ast.dump(node.test if isinstance(node, ast.If) else ast.Pass()):
+        elif isinstance(node, (ast.If, ast.Try, ast.ClassDef)) and "TYPE_CHECKING" not in ast.dump(
+            node.test if isinstance(node, ast.If) else ast.Pass()
+        ):
             yield from imports_of(node)
 
 

@@ -49,7 +49,9 @@ def _check_output_parameters(output: RequestedOutput) -> None:
 def _check_reserved(parameters: Parameters) -> None:
     for name in parameters:
         if name.startswith("triton_") and name not in _KNOWN_TRITON_PARAMETERS:
-            raise InvalidRequest(f"parameter '{name}' uses the reserved prefix 'triton_'; expected none or a parameter the protocol defines")
+            raise InvalidRequest(
+                f"parameter '{name}' uses the reserved prefix 'triton_'; expected none or a parameter the protocol defines"
+            )
 
 
 def _priority(parameters: Parameters, batching: BatchingConfig) -> int:

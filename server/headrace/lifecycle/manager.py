@@ -70,8 +70,12 @@ class ModelManager:
 
     @property
     def is_ready(self) -> bool:
-        return self._has_settled and not self._is_stopping and all(
-            model.versions and not model.error and all(v.is_live for v in model.versions.values()) for model in self._models.values()
+        return (
+            self._has_settled
+            and not self._is_stopping
+            and all(
+                model.versions and not model.error and all(v.is_live for v in model.versions.values()) for model in self._models.values()
+            )
         )
 
     def resolve(self, model: str, version: str) -> ModelVersion:
@@ -146,18 +150,18 @@ class ModelManager:
         async with self._loads:
             await version.load(want.model_directory, want.directory, self._backends)
 
+    def announce_stop(self) -> None:
+        """Not ready from here on, so that balancers send no more; what comes in all the same is still served."""
+        self._is_stopping = True
+        self._notify()
+
     async def stop(self, grace: float) -> None:
-        """Stop taking requests, finish what is queued within `grace` seconds, give all memory back."""
-        self.refuse_new_requests()
+        """Take no more requests, finish what is queued within `grace` seconds, give all memory back."""
+        self.announce_stop()
+        self._routes = {}
         async with asyncio.TaskGroup() as group:
             for version in self.find("", ""):
                 group.create_task(version.unload(grace, "server shutting down"))
-
-    def refuse_new_requests(self) -> None:
-        """Not ready from here on: `resolve` answers ShuttingDown while admitted requests run on."""
-        self._is_stopping = True
-        self._routes = {}
-        self._notify()
 
     # -- changes -------------------------------------------------------------------------------------------------------
 

@@ -214,7 +214,11 @@ class ModelVersion:
         loop = asyncio.get_running_loop()
         drained = asyncio.Event()
         error = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
-        self._batcher.stop_admitting(error, lambda: loop.call_soon_threadsafe(drained.set))
+
+        def report() -> None:
+            loop.call_soon_threadsafe(drained.set)
+
+        self._batcher.stop_admitting(error, report)
         try:
             async with asyncio.timeout(grace):
                 await drained.wait()

@@ -58,7 +58,8 @@ def _as_v1(v1alpha: Any) -> bytes:
     file.package = V1
     for message in file.message_type:
         for field in message.field:
-            field.type_name = field.type_name.replace(f".{V1ALPHA}.", f".{V1}.")
+            if field.type_name:  # setting it, even to nothing, would make a scalar field one of messages
+                field.type_name = field.type_name.replace(f".{V1ALPHA}.", f".{V1}.")
     for service in file.service:
         for method in service.method:
             method.input_type = method.input_type.replace(f".{V1ALPHA}.", f".{V1}.")

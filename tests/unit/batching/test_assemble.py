@@ -66,7 +66,9 @@ def test_models_without_batching_get_the_shape_as_it_came() -> None:
     assert array == 16000
 
 
-@pytest.mark.parametrize(("rows", "allowed", "expected"), [(1, (1, 4, 8), 1), (3, (1, 4, 8), 4), (8, (1, 4, 8), 8), (9, (1, 4), 9), (5, (), 5)])
+@pytest.mark.parametrize(
+    ("rows", "allowed", "expected"), [(1, (1, 4, 8), 1), (3, (1, 4, 8), 4), (8, (1, 4, 8), 8), (9, (1, 4), 9), (5, (), 5)]
+)
 def test_padded_size(rows: int, allowed: tuple[int, ...], expected: int) -> None:
     assert padded_size(rows, allowed) == expected
 
