@@ -61,9 +61,10 @@ class HealthService:
                 if status != last:
                     last = status
                     yield HealthCheckResponse(status=status).SerializeToString()
-                if self._is_closed:
+                elif self._is_closed:
                     return
-                await changed.wait()
+                else:
+                    await changed.wait()
         finally:
             self._changed.discard(changed)
 

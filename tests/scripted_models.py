@@ -1,0 +1,150 @@
+"""Models whose versions answer as a test says: what the services and transports are tried on without a batcher or a backend."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from headrace.backends.base import ArtifactSignature
+from headrace.config import ModelConfig
+from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady, ShuttingDown
+from headrace.lifecycle.effective import EffectiveModel, resolve
+from headrace.lifecycle.state import INDEX_STATES, VersionState
+from headrace.lifecycle.view import IndexEntry
+from headrace.requests import Answer, InferRequest, InputTensor, Reply, RequestedOutput
+from headrace.signature import DataType, Signature, TensorSpec
+from headrace.telemetry.counters import VersionCounters
+from headrace.wire.codec import ResponseEncoder
+from headrace.wire.messages import ModelInferRequest
+
+ARTIFACT = ArtifactSignature((TensorSpec("x", DataType.FP32, (-1, -1)),), (TensorSpec("y", DataType.FP32, (-1, -1)),))
+
+Script = Callable[["ScriptedVersion", InferRequest], Answer | None]
+
+
+def echo(version: ScriptedVersion, request: InferRequest) -> Answer:
+    """y = x."""
+    tensor = request.inputs[0]
+    array = np.frombuffer(tensor.data, np.float32).reshape(tensor.shape)
+    return ResponseEncoder(version.model, str(version.version), ARTIFACT.outputs).encode(request.id, (0,), [array], 0, len(array), True)
+
+
+def hold(version: ScriptedVersion, request: InferRequest) -> None:
+    """No answer until `release`."""
+    return
+
+
+def infer_message(model: str = "echo", rows: int = 1, columns: int = 4, *, version: str = "", id: str = "", value: float = 1.0) -> bytes:
+    data = np.full((rows, columns), value, np.float32).tobytes()
+    tensor = ModelInferRequest.InferInputTensor(name="x", datatype="FP32", shape=(rows, columns))
+    message = ModelInferRequest(model_name=model, model_version=version, id=id, inputs=[tensor], raw_input_contents=[data])
+    return message.SerializeToString()
+
+
+class ScriptedVersion:
+    """Answers from a thread of its own, as a worker would, what `script` returns; raises what `script` raises; None is held."""
+
+    def __init__(self, model: str = "echo", version: int = 1, script: Script = echo, state: VersionState = VersionState.LIVE) -> None:
+        self.model = model
+        self.version = version
+        self.script = script
+        self.state = state
+        self.reason = ""
+        config = ModelConfig(name=model)
+        self.effective: EffectiveModel | None = resolve(
+            config, ARTIFACT, backend="scripted", platform="scripted_model", filename="model.scripted", labels={}
+        )
+        self.signature: Signature | None = self.effective.signature
+        self.counters = VersionCounters()
+        self.pending_rows = 0
+        self.pending_requests = 0
+        self.load_seconds = 0.0
+        self.requests: list[InferRequest] = []
+        self.replies: list[Reply] = []
+        self.held: dict[Reply, InferRequest] = {}
+        self.cancelled: list[Reply] = []
+        self.was_held = asyncio.Event()
+        self.was_cancelled = asyncio.Event()
+        self.pool = ThreadPoolExecutor(1)
+
+    def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        assert self.signature is not None
+        self.signature.validate(request)
+        self.requests.append(request)
+        self.replies.append(reply)
+        answer = self.script(self, request)
+        reply.cancel = self._cancel
+        if answer is None:
+            self.held[reply] = request
+            self.was_held.set()
+        else:
+            self.pool.submit(reply.outlet.deliver, [(reply, answer)])
+
+    def _cancel(self, reply: Reply) -> None:
+        if self.held.pop(reply, None) is not None:
+            self.cancelled.append(reply)
+            self.was_cancelled.set()
+            reply.fail(Cancelled("the caller cancelled the request"))
+
+    def release(self, script: Script = echo) -> None:
+        """Answer everything that is held, in one delivery a transport."""
+        held, self.held = self.held, {}
+        answers = [(reply, script(self, request)) for reply, request in held.items()]
+        for reply, answer in answers:
+            assert answer is not None
+            self.pool.submit(reply.outlet.deliver, [(reply, answer)])
+
+    def close(self) -> None:
+        self.pool.shutdown()
+
+
+class ScriptedModels:
+    """A ModelsView of versions that a test changes by hand; `changed` tells the subscribers."""
+
+    def __init__(self, *versions: ScriptedVersion) -> None:
+        self.versions = list(versions)
+        self.is_live = True
+        self.is_ready = True
+        self.subscribers: list[Callable[[], None]] = []
+
+    def resolve(self, model: str, version: str) -> ScriptedVersion:
+        if not self.is_live:
+            raise ShuttingDown("Server is shutting down: no new inference requests are taken")
+        found = self.find(model, version)
+        if not found:
+            raise NotFound(f"Request for unknown model: '{model}' is not found")
+        live = [each for each in found if each.state is VersionState.LIVE]
+        if not live:
+            raise NotReady(f"Request for unknown model: '{model}' version {found[0].version} is not at ready state")
+        return live[-1]
+
+    def find(self, model: str, version: str) -> Sequence[ScriptedVersion]:
+        if version and not version.isdecimal():
+            raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version!r}")
+        return [each for each in self.versions if model in ("", each.model) and version in ("", str(each.version))]
+
+    def index(self) -> Sequence[IndexEntry]:
+        return [IndexEntry(each.model, str(each.version), INDEX_STATES[each.state], each.reason) for each in self.versions]
+
+    def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
+        self.subscribers.append(callback)
+        return lambda: self.subscribers.remove(callback)
+
+    def changed(self) -> None:
+        for callback in self.subscribers:
+            callback()
+
+    def refuse_new_requests(self) -> None:
+        self.is_live = self.is_ready = False
+        self.changed()
+
+    def close(self) -> None:
+        for version in self.versions:
+            version.close()
+
+
+def make_request(model: str = "echo", *, version: str = "", id: str = "", outputs: Sequence[str] = ()) -> InferRequest:
+    data = np.ones((1, 4), np.float32).tobytes()
+    return InferRequest(model, version, id, [InputTensor("x", "FP32", (1, 4), data)], [RequestedOutput(name) for name in outputs])
