@@ -43,5 +43,5 @@ class Source(ABC):
     async def list(self) -> Listing:
         """The complete present offer. Never blocks the event loop."""
 
-    async def close(self) -> None:
+    async def close(self) -> None:  # noqa: B027  # most sources hold nothing
         """Give connections and watches back."""
