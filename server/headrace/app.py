@@ -26,6 +26,7 @@ from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.sources.directory import DirectorySource
+from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
 
@@ -97,9 +98,12 @@ class Server:
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
         loop = asyncio.get_running_loop()
-        self.models = ModelManager(load_backends(), lambda: LoopTimer(loop), LoopSchedule(loop), load_concurrency=config.load_threads)
+        self.access_log = AccessLog(sys.stdout) if config.access_log else None
+        self.models = ModelManager(
+            load_backends(), lambda: LoopTimer(loop), LoopSchedule(loop), load_concurrency=config.load_threads, access_log=self.access_log
+        )
         self.services = Services(
-            InferenceService(self.models),
+            InferenceService(self.models, self.access_log),
             ControlService(self.models, server_name=config.server_name, server_version=__version__),
             HealthService(self.models),
         )
@@ -110,6 +114,8 @@ class Server:
 
     async def start(self) -> None:
         """Sockets first, so that liveness can be probed while models load; ready once every wanted version is live."""
+        if self.access_log is not None:
+            self.access_log.start()
         if self.config.http:
             self.http = HttpServer(self.config.http, self.models, make_registry(lambda: self.models.find("", "")))
             self.http_address = await self.http.start()
@@ -147,6 +153,8 @@ class Server:
         await self.models.stop(grace)
         if self.http is not None:
             await self.http.stop()
+        if self.access_log is not None:
+            await asyncio.to_thread(self.access_log.stop)
         log.info("server stopped")
 
 

@@ -125,12 +125,18 @@ def _check(options: argparse.Namespace) -> int:
     backends = load_backends()
     results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
     for model in listing.models.values():
-        for number in select_versions(list(model.versions), model.version_policy):
+        numbers = select_versions(list(model.versions), model.version_policy)
+        if not numbers:
+            there = ", ".join(map(str, sorted(model.versions)))
+            results.append({"model": model.name, "error": f"version_policy '{model.version_policy}' selects none of its versions: {there}"})
+        for number in numbers:
             try:
                 effective = resolve_model(model.directory, model.versions[number].directory, backends)
                 results.append({"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)})
             except HeadraceError as error:
                 results.append({"model": model.name, "version": number, "error": str(error)})
+    if not results:
+        print(f"headrace: no models in '{options.repository}': expected {options.repository}/<model>/1/model.onnx", file=sys.stderr)
     print(json.dumps(results, indent=2) if options.json else "\n".join(map(_format_result, results)))
     return FAILED if not results or any("error" in result for result in results) else DONE
 

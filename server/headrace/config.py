@@ -37,7 +37,7 @@ class ServerConfig:
     server_name: str = _option("triton", "`name` in ServerMetadata. Existing clients and their examples assert 'triton'.")
     log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
     log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))
-    access_log: bool = _option(False, "One log line per request. Off: it costs about as much as a small request.")
+    access_log: bool = _option(False, "One JSON line per request on standard output.")
     shutdown_grace: float = _option(30.0, "How long a stopping server finishes what it has admitted.", key="shutdown_grace_s", minimum=0)
     max_message_bytes: int = _option(INT32_MAX, "Largest message either way; the protocol's clients allow this much.", minimum=1024)
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
+import re
 import tomllib
 import types
 import typing
@@ -19,6 +21,9 @@ from headrace.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
 
+KUBERNETES_VARIABLE = re.compile(r"HEADRACE_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_[A-Z]+(_(PROTO|PORT|ADDR))?)?)")
+"""What Kubernetes puts into every pod beside a Service named `headrace`; nobody meant to configure us with it."""
+
 
 def load_server_config(flags: Mapping[str, Any], environment: Mapping[str, str], file: Path | None) -> ServerConfig:
     """`flags`: key -> value (a str, or a list of str for lists), only those given. Raises ConfigError naming the source and key."""
@@ -28,11 +33,13 @@ def load_server_config(flags: Mapping[str, Any], environment: Mapping[str, str],
         values.update(_read_section(ServerConfig, _read_toml(file), str(file)))
     known = {ENVIRONMENT_PREFIX + key.upper(): key for key in keys}
     for variable, text in environment.items():
-        if variable.startswith(ENVIRONMENT_PREFIX) and variable != ENVIRONMENT_PREFIX + "CONFIG":
-            if variable not in known:
-                raise ConfigError(f"environment: unknown variable {variable}{_nearest(variable, known)}")
+        if not variable.startswith(ENVIRONMENT_PREFIX) or variable == ENVIRONMENT_PREFIX + "CONFIG":
+            continue
+        if variable in known:
             option = keys[known[variable]]
             values[option.name] = _from_text(option, text, variable)
+        elif not KUBERNETES_VARIABLE.fullmatch(variable):
+            raise ConfigError(f"environment: unknown variable {variable}{_nearest(variable, known)}")
     for key, given in flags.items():
         option = keys[key]
         values[option.name] = _from_text(option, given, "--" + key.replace("_", "-"))
@@ -55,7 +62,7 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
     model = {key: table[key] for key in table if key not in batching}
     return ModelConfig(
         name,
-        batching=BatchingConfig(**_read_section(BatchingConfig, batching, where)),
+        batching=_build_batching(_read_section(BatchingConfig, batching, where), where),
         instances=InstanceConfig(**sections["instances"]),
         inputs=sections["inputs"],
         outputs=sections["outputs"],
@@ -67,6 +74,13 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
 def option_keys(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     """File key -> field, for the fields that are options (those with documentation)."""
     return {field.metadata.get("key") or field.name: field for field in dataclasses.fields(section) if field.metadata}
+
+
+def _build_batching(values: Mapping[str, Any], where: str) -> BatchingConfig:
+    try:
+        return BatchingConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 def _read_tensor(table: Mapping[str, Any], where: str) -> TensorConfig:
@@ -154,6 +168,8 @@ def _check_one(field: dataclasses.Field[Any], value: Any, kind: str, where: str)
         value = float(value)
     if type(value).__name__ != kind:
         raise ConfigError(f"{where}: expected {'an' if kind == 'int' else 'a'} {kind}, got {value!r}")
+    if kind == "float" and not math.isfinite(value):
+        raise ConfigError(f"{where}: expected a finite number, got {value!r}")
     minimum, choices = field.metadata.get("minimum"), field.metadata.get("choices")
     if minimum is not None and value < minimum:
         raise ConfigError(f"{where}: expected at least {minimum}, got {value!r}")

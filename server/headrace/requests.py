@@ -86,15 +86,17 @@ class Outlet(Protocol):
 class Reply:
     """Whoever waits for one answer. Transports subclass it with what they need to find the caller again.
 
-    `deadline` is on time.monotonic()'s clock, None where the call has none. `ticket` and `cancel` are set
+    `deadline` is on time.monotonic()'s clock, None where the call has none. `peer` is the caller's address
+    where a transport was asked for it. `ticket` and `cancel` are set
     when a version takes the request, so that a caller who goes away can be found in that version's queue.
     """
 
-    __slots__ = ("cancel", "deadline", "outlet", "ticket")
+    __slots__ = ("cancel", "deadline", "outlet", "peer", "ticket")
 
     def __init__(self, outlet: Outlet, deadline: float | None = None) -> None:
         self.outlet = outlet
         self.deadline = deadline
+        self.peer = ""
         self.ticket: Ticket | None = None
         self.cancel: Callable[[Reply], None] | None = None
 

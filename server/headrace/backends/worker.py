@@ -17,6 +17,7 @@ from headrace.batching.batcher import Batcher
 from headrace.errors import BackendError, HeadraceError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
+from headrace.telemetry.access_log import VersionAccessLog
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
 from headrace.telemetry.log import get_logger
 
@@ -32,7 +33,16 @@ class Encoder(Protocol):
 class BatchRunner:
     """Runs one batch start to end on the calling thread. Owns nothing that changes."""
 
-    def __init__(self, name: str, signature: Signature, encoder: Encoder, allowed: Sequence[int], shard: CounterShard) -> None:
+    def __init__(
+        self,
+        name: str,
+        signature: Signature,
+        encoder: Encoder,
+        allowed: Sequence[int],
+        shard: CounterShard,
+        access_log: VersionAccessLog | None = None,
+    ) -> None:
+        self._access_log = access_log
         self._signature = signature
         self._encoder = encoder
         self._allowed = allowed
@@ -43,14 +53,21 @@ class BatchRunner:
     def run(self, backend: Backend, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
         """One answer a ticket. A failure of the model fails exactly this batch; one request's oversized answer only itself."""
         try:
-            return self._run(backend, tickets, taken)
+            answers = self._run(backend, tickets, taken)
         except HeadraceError as error:
-            self._shard.record_failure(FailureReason.BACKEND, len(tickets))
-            return [error.with_traceback(None)] * len(tickets)
+            answers = self._fail(tickets, error.with_traceback(None), FailureReason.BACKEND)
         except Exception:
             log.exception("batch failed", version=self._name, request_ids=[t.id for t in tickets if t.id][:8], requests=len(tickets))
-            self._shard.record_failure(FailureReason.OTHER, len(tickets))
-            return [BackendError(f"{self._name} failed to run the request; the server's log has the reason")] * len(tickets)
+            unknown = BackendError(f"{self._name} failed to run the request; the server's log has the reason")
+            answers = self._fail(tickets, unknown, FailureReason.OTHER)
+        if self._access_log is not None:
+            self._access_log.ran(tickets, answers, taken)
+        return answers
+
+    def _fail(self, tickets: Sequence[Ticket], error: HeadraceError, reason: FailureReason) -> list[Answer]:
+        now = time.monotonic()
+        self._shard.record_failure(reason, len(tickets), sum(now - ticket.arrived for ticket in tickets))
+        return [error] * len(tickets)
 
     def _run(self, backend: Backend, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
         rows = sum([ticket.rows for ticket in tickets])

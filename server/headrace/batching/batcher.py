@@ -58,6 +58,7 @@ class Batcher:
         timer: Timer,
         shard: CounterShard,
         schedule: Schedule = at_once,
+        on_dropped: Callable[[Sequence[Ticket], HeadraceError], None] | None = None,
     ) -> None:
         self._name = name
         self._delay = config.max_queue_delay
@@ -66,6 +67,7 @@ class Batcher:
         self._clock = clock
         self._timer = timer
         self._schedule = schedule
+        self._on_dropped = on_dropped
         self._armed = NEVER
         self._shard = shard
         self._lock = threading.Lock()
@@ -170,9 +172,14 @@ class Batcher:
                 return False
             self._shard.record_failure(FailureReason.CANCELED)
             ticket.is_settled = True
-        deliver([ticket], [Cancelled("the caller cancelled the request")])
+        self._drop([ticket], Cancelled("the caller cancelled the request"))
         self._release(1)
         return True
+
+    def _drop(self, tickets: Sequence[Ticket], error: HeadraceError) -> None:
+        if self._on_dropped is not None:
+            self._on_dropped(tickets, error)
+        deliver(tickets, [error] * len(tickets))
 
     def cancel_reply(self, reply: Reply) -> None:
         if reply.ticket is not None:
@@ -194,7 +201,10 @@ class Batcher:
         if expired:
             with self._lock:
                 self._shard.record_failure(FailureReason.REJECTED, len(expired))
-            self.settle(expired, [_expired(ticket, self._name) for ticket in expired])
+            for ticket in expired:
+                ticket.is_settled = True
+                self._drop([ticket], _expired(ticket, self._name))
+            self._release(len(expired))
 
     def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
         """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""
@@ -215,8 +225,11 @@ class Batcher:
             tickets = self._queue.clear()
             if tickets:
                 self._shard.record_failure(FailureReason.OTHER, len(tickets))
+        for ticket in tickets:
+            ticket.is_settled = True
         if tickets:
-            self.settle(tickets, [error] * len(tickets))
+            self._drop(tickets, error)
+            self._release(len(tickets))
         return len(tickets)
 
     def _release(self, count: int) -> None:

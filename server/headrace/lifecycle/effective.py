@@ -54,9 +54,7 @@ def resolve_model(model_directory: Path, version_directory: Path, backends: Back
         raise ConfigError(f"{_source(config)}: unknown backend '{backend_name}'{hint}")
     filename = config.filename or backend.default_filename
     if Path(filename).name != filename:
-        raise ConfigError(
-            f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'"
-        )
+        raise ConfigError(f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'")
     artifact = backend.inspect(select_file(version_directory, filename))
     labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}
     return resolve(config, artifact, backend=backend_name, platform=backend.platform, filename=filename, labels=labels)
@@ -193,9 +191,7 @@ def _settle(
 
 def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: bool) -> TensorSpec:
     if override.datatype is not None and override.datatype != spec.datatype.value:
-        raise ConfigError(
-            f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}"
-        )
+        raise ConfigError(f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}")
     if kind == "input" and override.labels:
         raise ConfigError(f"input '{spec.name}': labels are for outputs")
     if override.optional and not spec.optional:

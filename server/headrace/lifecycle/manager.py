@@ -13,6 +13,7 @@ from headrace.errors import InvalidRequest, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.state import INDEX_STATES, VersionState
 from headrace.lifecycle.version import ModelVersion
 from headrace.lifecycle.view import IndexEntry
+from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -47,11 +48,18 @@ class ModelManager:
     """Owns the table of models and the routes. Everything but `resolve` belongs to the event loop; `resolve` reads one snapshot."""
 
     def __init__(
-        self, backends: BackendRegistry, timer: Callable[[], Timer], schedule: Schedule = at_once, *, load_concurrency: int = 2
+        self,
+        backends: BackendRegistry,
+        timer: Callable[[], Timer],
+        schedule: Schedule = at_once,
+        *,
+        load_concurrency: int = 2,
+        access_log: AccessLog | None = None,
     ) -> None:
         self._backends = backends
         self._timer = timer
         self._schedule = schedule
+        self._access_log = access_log
         self._loads = asyncio.Semaphore(load_concurrency)
         self._models: dict[str, _Model] = {}
         self._routes: dict[str, Route] = {}
@@ -140,7 +148,14 @@ class ModelManager:
             log.error("model not loadable", model=model, reason=reason)
         async with asyncio.TaskGroup() as group:
             for want in wanted:
-                version = ModelVersion(want.model, want.version, timer=self._timer, schedule=self._schedule, on_change=self._changed)
+                version = ModelVersion(
+                    want.model,
+                    want.version,
+                    timer=self._timer,
+                    schedule=self._schedule,
+                    access_log=self._access_log,
+                    on_change=self._changed,
+                )
                 self._models.setdefault(want.model, _Model()).versions[want.version] = version
                 group.create_task(self._load(version, want))
         self._has_settled = True

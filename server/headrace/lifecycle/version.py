@@ -19,6 +19,7 @@ from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
+from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
 from headrace.wire.codec import ResponseEncoder
@@ -36,6 +37,7 @@ class ModelVersion:
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
+        access_log: AccessLog | None = None,
         on_change: Callable[[ModelVersion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -49,6 +51,7 @@ class ModelVersion:
         self.load_seconds = 0.0
         self._timer = timer
         self._schedule = schedule
+        self._access_log = VersionAccessLog(access_log, model, version) if access_log else None
         self._on_change = on_change
         self._clock = clock
         self._batcher: Batcher | None = None
@@ -166,11 +169,12 @@ class ModelVersion:
             timer=self._timer(),
             schedule=self._schedule,
             shard=counters.shard(),
+            on_dropped=self._access_log.dropped if self._access_log else None,
         )
         allowed = effective.batching.allowed_batch_sizes
         is_inline = is_tiny(self.latencies) and len(self._workers) == 1 and not effective.batching.max_queue_delay
         for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard())
+            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
             if is_inline:
                 worker.serve_inline(batcher, runner)
             else:

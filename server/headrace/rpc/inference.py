@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-from headrace.errors import NotReady
+from headrace.errors import HeadraceError, NotReady
 from headrace.lifecycle.view import ModelsView
 from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
+from headrace.telemetry.access_log import AccessLog
 from headrace.wire.request_layouts import RequestDecoder
 
 MAX_RESOLVES = 4
@@ -18,8 +19,9 @@ would mean that versions change faster than one request is handed over."""
 class InferenceService:
     """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
-    def __init__(self, models: ModelsView) -> None:
+    def __init__(self, models: ModelsView, access_log: AccessLog | None = None) -> None:
         self._models = models
+        self._access_log = access_log
         self._decode = RequestDecoder().decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
@@ -33,8 +35,31 @@ class InferenceService:
             request = self._decode(message)
             self._submit(request, reply, arrived)
         except Exception as error:
-            reply.fail(as_known(error, "ModelInfer", request.id if request else ""))
+            known = as_known(error, "ModelInfer", request.id if request else "")
+            if self._access_log is not None:
+                self._record_refusal(self._access_log, request, reply, known, arrived)
+            reply.fail(known)
         return request
+
+    @property
+    def wants_peer(self) -> bool:
+        """Whether transports should set `reply.peer`; it costs too much to do it for nobody."""
+        return self._access_log is not None
+
+    @staticmethod
+    def _record_refusal(access_log: AccessLog, request: InferRequest | None, reply: Reply, error: HeadraceError, arrived: float) -> None:
+        access_log.record(
+            id=request.id if request else "",
+            model=request.model if request else "",
+            version=0,
+            code=error.code.value,
+            rows=0,
+            batch_rows=0,
+            queue=0.0,
+            compute=0.0,
+            total=time.monotonic() - arrived,
+            peer=reply.peer,
+        )
 
     def _submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         for attempt in range(1, MAX_RESOLVES + 1):

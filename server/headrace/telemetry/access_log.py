@@ -11,10 +11,12 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from typing import TextIO
 
+from headrace.errors import HeadraceError
+from headrace.requests import Answer, Ticket
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -103,6 +105,42 @@ class AccessLog:
         if self.dropped != self._reported:
             log.warning("access log records dropped", records=self.dropped - self._reported)
             self._reported = self.dropped
+
+
+class VersionAccessLog:
+    """The access log from the point of view of one model version: what its batcher and its workers report."""
+
+    def __init__(self, access_log: AccessLog, model: str, version: int) -> None:
+        self._access_log = access_log
+        self._model = model
+        self._version = version
+
+    def ran(self, tickets: Sequence[Ticket], answers: Sequence[Answer], taken: float) -> None:
+        """A batch that began at `taken` has just ended with these answers."""
+        now = time.monotonic()
+        batch_rows = sum(ticket.rows for ticket in tickets)
+        for ticket, answer in zip(tickets, answers, strict=True):
+            self._record(ticket, answer, batch_rows, taken - ticket.enqueued, now - taken, now)
+
+    def dropped(self, tickets: Sequence[Ticket], error: HeadraceError) -> None:
+        """These left the queue unrun: cancelled, expired, or cut off by a shutdown."""
+        now = time.monotonic()
+        for ticket in tickets:
+            self._record(ticket, error, 0, now - ticket.enqueued, 0.0, now)
+
+    def _record(self, ticket: Ticket, answer: Answer, batch_rows: int, queue: float, compute: float, now: float) -> None:
+        self._access_log.record(
+            id=ticket.id,
+            model=self._model,
+            version=self._version,
+            code=answer.code.value if isinstance(answer, HeadraceError) else "OK",
+            rows=ticket.rows,
+            batch_rows=batch_rows,
+            queue=queue,
+            compute=compute,
+            total=now - ticket.arrived,
+            peer=ticket.reply.peer,
+        )
 
 
 def _format(record: _Record) -> str:

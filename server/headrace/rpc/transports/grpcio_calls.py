@@ -100,6 +100,8 @@ def serve_inference(inference: InferenceService, outlet: LoopOutlet, loop: async
     async def serve(message: bytes, context: Context) -> Answer:
         future: asyncio.Future[Answer] = loop.create_future()
         reply = FutureReply(outlet, future, reply_deadline(context))
+        if inference.wants_peer:
+            reply.peer = context.peer()
         inference.submit(message, reply)
         try:
             return await future
