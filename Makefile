@@ -16,8 +16,10 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[cpu,native,dev]'
 	@touch $@
 
+# At a terminal the server gets a process group of its own (set -m), so that Ctrl-C reaches it alone: a make that is interrupted
+# itself ends with an error, however cleanly the server stopped. The exit keeps bash from replacing itself by the server, ungrouped.
 run: $(STAMP) ## install and serve the example models; Ctrl-C stops
-	@$(BIN)/headrace serve --models examples/models
+	@if [ -t 0 ]; then set -m; fi; $(BIN)/headrace serve --models examples/models; exit $$?
 
 test: $(STAMP) ## install and run the tests
 	$(BIN)/python -m pytest
