@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from google.protobuf.descriptor_pb2 import DescriptorProto, EnumDescriptorProto, FieldDescriptorProto, FileDescriptorSet
-from grpc_tools import protoc  # type: ignore[import-untyped]  # it ships no types
+from grpc_tools import protoc
 
 ROOT = Path(__file__).resolve().parent.parent
 WIRE = ROOT / "server" / "headrace" / "wire"

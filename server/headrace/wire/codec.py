@@ -153,13 +153,11 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview]) -> Infe
             )
         given = tensor.parameters
         parameters = _parameters(given) if given else NO_PARAMETERS
-        if parameters:
-            _refuse_shared_memory(parameters)
+        if "shared_memory_region" in parameters:
+            raise Unsupported(f"input '{name}': Client shared memory is disabled on this server; send the tensor in the request")
         if tensor.HasField("contents"):
             if raw:
-                raise InvalidRequest(
-                    f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'"
-                )
+                raise InvalidRequest(f"contents field must not be specified when using raw_input_contents for '{name}' for model '{model}'")
             data: TensorBytes = decode_typed(tensor.contents, datatype, math.prod(shape), name, model)
         elif next_raw < len(raw):
             content = raw[next_raw]
@@ -176,16 +174,7 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview]) -> Infe
 
 def _requested_output(output: ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:
     given = output.parameters
-    if not given:
-        return RequestedOutput(output.name)
-    parameters = _parameters(given)
-    _refuse_shared_memory(parameters)
-    return RequestedOutput(output.name, parameters)
-
-
-def _refuse_shared_memory(parameters: Parameters) -> None:
-    if "shared_memory_region" in parameters:
-        raise Unsupported("Client shared memory is disabled on this server: send tensors in the message")
+    return RequestedOutput(output.name, _parameters(given)) if given else RequestedOutput(output.name)
 
 
 def _parameters(given: Mapping[str, InferParameter]) -> Parameters:
@@ -292,9 +281,7 @@ class ResponseEncoder:
             raise _too_large(message)
         return message
 
-    def encode_batch(
-        self, tickets: Sequence[Ticket], wanted: tuple[int, ...], arrays: Sequence[Array], rows_axis: bool
-    ) -> list[Answer]:
+    def encode_batch(self, tickets: Sequence[Ticket], wanted: tuple[int, ...], arrays: Sequence[Array], rows_axis: bool) -> list[Answer]:
         """The answers of one batch, in the tickets' order; `arrays[i]` is output `wanted[i]`. A ticket wants some of `wanted`.
 
         When `rows_axis` a ticket's rows follow those of the ticket before it, otherwise each gets the whole arrays. An answer that
@@ -360,9 +347,7 @@ class ResponseEncoder:
                 raise BackendError(f"output '{spec.name}': expected strings or bytes, the model gave {array.dtype}")
             return True
         if array.dtype != expected:
-            raise BackendError(
-                f"output '{spec.name}': expected {expected} for {spec.datatype.value}, the model gave {array.dtype}"
-            )
+            raise BackendError(f"output '{spec.name}': expected {expected} for {spec.datatype.value}, the model gave {array.dtype}")
         return False
 
     def _header(self, key: Key) -> _Header:

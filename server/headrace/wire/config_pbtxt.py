@@ -191,9 +191,7 @@ def _batching(given: pb.ModelConfig, size: int | None) -> BatchingConfig:
         priority_levels=asked.priority_levels,
         default_priority_level=asked.default_priority_level,
         default_timeout=policy.default_timeout_microseconds / _MICROSECONDS,
-        allow_timeout_override=policy.allow_timeout_override
-        if asked.HasField("default_queue_policy")
-        else defaults.allow_timeout_override,
+        allow_timeout_override=policy.allow_timeout_override if asked.HasField("default_queue_policy") else defaults.allow_timeout_override,
     )
 
 

@@ -36,8 +36,7 @@ def decode_bytes_tensor(raw: bytes | memoryview, count: int, name: str, model: s
         append(raw[start:position])
         if len(elements) > count:
             raise InvalidRequest(
-                f"unexpected number of string elements {len(elements)} for inference input '{name}' for model '{model}', "
-                f"expecting {count}"
+                f"unexpected number of string elements {len(elements)} for inference input '{name}' for model '{model}', expecting {count}"
             )
     if position != end:
         raise InvalidRequest(
@@ -89,9 +88,7 @@ _FIELDS = {
 """Datatype -> (field of InferTensorContents, what its elements are, what the tensor's are). FP16 and BF16 have no field."""
 
 
-def decode_typed(
-    contents: InferTensorContents, datatype: str, count: int, name: str, model: str
-) -> bytes | NDArray[np.object_]:
+def decode_typed(contents: InferTensorContents, datatype: str, count: int, name: str, model: str) -> bytes | NDArray[np.object_]:
     """An InferTensorContents as raw bytes, or the elements of BYTES, whose number must be `count`.
 
     Raises InvalidRequest when another field than the datatype's is filled, or a value does not fit the datatype.
@@ -121,7 +118,5 @@ def _narrow(values: NDArray[Any], dtype: np.dtype[Any], subject: str) -> NDArray
         return values
     limits = np.iinfo(dtype)
     if values.size and not limits.min <= values.min() <= values.max() <= limits.max:
-        raise InvalidRequest(
-            f"{subject}: expected values from {limits.min} to {limits.max}, got {values.min()} to {values.max()}"
-        )
+        raise InvalidRequest(f"{subject}: expected values from {limits.min} to {limits.max}, got {values.min()} to {values.max()}")
     return values.astype(dtype)
