@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from headrace.backends.base import ArtifactSignature
 from headrace.config import ModelConfig
-from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady, ShuttingDown
+from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.state import INDEX_STATES, VersionState
 from headrace.lifecycle.view import IndexEntry
@@ -65,8 +65,7 @@ class ScriptedVersion:
         self.replies: list[Reply] = []
         self.held: dict[Reply, InferRequest] = {}
         self.cancelled: list[Reply] = []
-        self.was_held = asyncio.Event()
-        self.was_cancelled = asyncio.Event()
+        self._changed = asyncio.Event()
         self.pool = ThreadPoolExecutor(1)
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
@@ -74,22 +73,29 @@ class ScriptedVersion:
         self.signature.validate(request)
         self.requests.append(request)
         self.replies.append(reply)
+        self._changed.set()
         answer = self.script(self, request)
         reply.cancel = self._cancel
         if answer is None:
             self.held[reply] = request
-            self.was_held.set()
         else:
             self.pool.submit(reply.outlet.deliver, [(reply, answer)])
 
     def _cancel(self, reply: Reply) -> None:
         if self.held.pop(reply, None) is not None:
             self.cancelled.append(reply)
-            self.was_cancelled.set()
+            self._changed.set()
             reply.fail(Cancelled("the caller cancelled the request"))
 
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Wait, on the loop that the requests come on, for what a request or its cancellation brings about."""
+        async with asyncio.timeout(5):
+            while not condition():
+                self._changed.clear()
+                await self._changed.wait()
+
     def release(self, script: Script = echo) -> None:
-        """Answer everything that is held, in one delivery a transport."""
+        """Answer everything that is held."""
         held, self.held = self.held, {}
         answers = [(reply, script(self, request)) for reply, request in held.items()]
         for reply, answer in answers:
@@ -110,8 +116,6 @@ class ScriptedModels:
         self.subscribers: list[Callable[[], None]] = []
 
     def resolve(self, model: str, version: str) -> ScriptedVersion:
-        if not self.is_live:
-            raise ShuttingDown("Server is shutting down: no new inference requests are taken")
         found = self.find(model, version)
         if not found:
             raise NotFound(f"Request for unknown model: '{model}' is not found")
@@ -136,7 +140,7 @@ class ScriptedModels:
         for callback in self.subscribers:
             callback()
 
-    def refuse_new_requests(self) -> None:
+    def announce_stop(self) -> None:
         self.is_live = self.is_ready = False
         self.changed()
 

@@ -32,7 +32,7 @@ class HealthService:
             event.set()
 
     def close(self) -> None:
-        """End every watch, after the models were told to refuse new requests: the last thing a watcher sees is NOT_SERVING."""
+        """End every watch, after the models have announced the stop: the last thing a watcher sees is NOT_SERVING."""
         self._is_closed = True
         self._notify()
 
@@ -77,6 +77,8 @@ class HealthService:
             model, _, version = service.rpartition(":")
             if model not in models or not self._is_known(model, version):
                 return HealthCheckResponse.SERVICE_UNKNOWN
+        if not self._models.is_live:
+            return HealthCheckResponse.NOT_SERVING  # it still answers, but is not to be sent more
         try:
             self._models.resolve(model, version)
         except HeadraceError:

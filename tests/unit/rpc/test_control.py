@@ -41,7 +41,7 @@ def test_server_live_and_ready_until_the_server_exits() -> None:
     assert not service.server_ready(messages.ServerReadyRequest()).ready
     models.is_ready = True
     assert service.server_ready(messages.ServerReadyRequest()).ready
-    models.refuse_new_requests()
+    models.announce_stop()
     for ask, request in ((service.server_live, messages.ServerLiveRequest()), (service.server_ready, messages.ServerReadyRequest())):
         with pytest.raises(ShuttingDown, match="Server exiting"):
             ask(request)  # type: ignore[operator]

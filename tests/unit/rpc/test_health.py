@@ -93,7 +93,7 @@ async def test_watch_ends_after_not_serving_when_the_server_stops() -> None:
     health = HealthService(models)
     watches = [health.watch(ask(service)) for service in ("", "a")]
     assert [await next_status(watch) for watch in watches] == [SERVING, SERVING]
-    models.refuse_new_requests()
+    models.announce_stop()
     health.close()
     for watch in watches:
         assert [status(message) async for message in watch] == [NOT_SERVING]

@@ -1,0 +1,59 @@
+"""Transports on free ports over scripted models."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from headrace.config import ServerConfig
+from headrace.rpc.control import ControlService
+from headrace.rpc.health import HealthService
+from headrace.rpc.inference import InferenceService
+from headrace.rpc.transports.base import Services, Transport
+from headrace.rpc.transports.grpcio import GrpcioTransport
+from scripted_models import ScriptedModels, ScriptedVersion
+
+TRANSPORTS: dict[str, Callable[[Services, ServerConfig], Transport]] = {"grpcio": GrpcioTransport}
+
+
+@dataclass
+class Served:
+    """A transport that serves `models` at `addresses`; `stop` is the app's order of stopping."""
+
+    transport: Transport
+    services: Services
+    models: ScriptedModels
+    addresses: list[str]
+
+    @property
+    def address(self) -> str:
+        return self.addresses[0]
+
+    async def stop(self, grace: float) -> None:
+        self.models.announce_stop()
+        self.services.health.close()
+        await self.transport.stop(grace)
+
+
+Serve = Callable[..., AbstractAsyncContextManager[Served]]
+
+
+def serve_on(name: str) -> Serve:
+    """`async with serve(version, ..., grpc=(listener, ...)) as served`; keywords are ServerConfig's."""
+
+    @asynccontextmanager
+    async def serve(*versions: ScriptedVersion, **options: Any) -> AsyncIterator[Served]:
+        models = ScriptedModels(*versions)
+        control = ControlService(models, server_name="triton", server_version="1.2.3")
+        services = Services(InferenceService(models), control, HealthService(models))
+        transport = TRANSPORTS[name](services, ServerConfig(**{"grpc": ("127.0.0.1:0",), **options}))
+        served = Served(transport, services, models, await transport.start())
+        try:
+            yield served
+        finally:
+            await served.stop(grace=0.0)
+            models.close()
+
+    return serve
