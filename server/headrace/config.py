@@ -18,7 +18,7 @@ INT32_MAX = 2**31 - 1
 def _option(
     default: Any, doc: str, *, key: str = "", flag: str = "", scale: float = 1, choices: tuple[str, ...] = (), minimum: float | None = None
 ) -> Any:
-    """A field with what its documentation, environment variable and flag are made from. `scale`: file value × scale = ours."""
+    """A field with what its documentation, environment variable and flag are made from. `scale`: file value times scale = ours."""
     metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum}
     return field(default=default, metadata=metadata)
 

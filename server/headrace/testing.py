@@ -98,13 +98,21 @@ class CollectingOutlet:
 
     def __init__(self) -> None:
         self.answers: dict[Reply, Answer] = {}
-        self.deliveries = 0
+        self._arrived = threading.Condition()
 
     def deliver(self, answers: Sequence[tuple[Reply, Answer]]) -> None:
-        self.deliveries += 1
-        for reply, answer in answers:
-            assert reply not in self.answers, f"{reply!r} was answered twice: {self.answers[reply]!r}, then {answer!r}"
-            self.answers[reply] = answer
+        with self._arrived:
+            for reply, answer in answers:
+                assert reply not in self.answers, f"{reply!r} was answered twice: {self.answers[reply]!r}, then {answer!r}"
+                self.answers[reply] = answer
+            self._arrived.notify_all()
+
+    def wait(self, reply: Reply, timeout: float = 10.0) -> Answer:
+        """The answer of one reply, from a thread that may block. Raises TimeoutError."""
+        with self._arrived:
+            if not self._arrived.wait_for(lambda: reply in self.answers, timeout):
+                raise TimeoutError(f"{reply!r} has had no answer for {timeout} s")
+            return self.answers[reply]
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):

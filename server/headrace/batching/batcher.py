@@ -106,7 +106,8 @@ class Batcher:
             if self._queue.is_full_for(ticket.rows):
                 self._shard.record_failure(FailureReason.REJECTED)
                 raise QueueFull(
-                    f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, got {ticket.rows} more"
+                    f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, "
+                    f"got {ticket.rows} more"
                 )
             self._queue.push(ticket)
             self._unsettled += 1

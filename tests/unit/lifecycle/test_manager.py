@@ -38,10 +38,7 @@ async def infer(models: ModelManager, model: str, rows: list[list[float]]) -> np
     reply = Reply(outlet)
     array = np.array(rows, "<f4")
     models.resolve(model, "").submit(InferRequest(model, "", "", [InputTensor("x", "FP32", array.shape, array.tobytes())]), reply, 0.0)
-    async with asyncio.timeout(5):
-        while reply not in outlet.answers:
-            await asyncio.sleep(0)
-    answer = outlet.answers[reply]
+    answer = await asyncio.to_thread(outlet.wait, reply)
     if isinstance(answer, HeadraceError):
         return answer
     return np.frombuffer(ModelInferResponse.FromString(answer).raw_output_contents[0], "<f4")
