@@ -40,9 +40,8 @@ def show_diabetes(client: triton.InferenceServerClient) -> None:
     predicted = result.as_numpy("progression")[:, 0]
     print("diabetes, strings and numbers in one request of 64 rows:")
     for i in range(3):
-        print(
-            f"  {sex[i, 0].decode():6} aged {measurements[i, 0]:.0f}, bmi {measurements[i, 1]:.1f}: predicted {predicted[i]:.0f}, true {target[i]:.0f}"
-        )
+        who = f"{sex[i, 0].decode():6} aged {measurements[i, 0]:.0f}, bmi {measurements[i, 1]:.1f}"
+        print(f"  {who}: predicted {predicted[i]:.0f}, true {target[i]:.0f}")
     print(
         f"  mean absolute error {np.abs(predicted - target[:64]).mean():.0f} (always the mean: {np.abs(target - target.mean()).mean():.0f})"
     )

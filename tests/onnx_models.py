@@ -72,9 +72,7 @@ def mlp(*widths: int, seed: int = 0) -> ModelProto:
 
 def two_inputs_two_outputs() -> ModelProto:
     """a[N,3], b[N,3] -> sum[N,3], product[N,3]."""
-    return parse(
-        "g (float[N,3] a, float[N,3] b) => (float[N,3] sum, float[N,3] product) { sum = Add(a, b) product = Mul(a, b) }"
-    )
+    return parse("g (float[N,3] a, float[N,3] b) => (float[N,3] sum, float[N,3] product) { sum = Add(a, b) product = Mul(a, b) }")
 
 
 def scalar_factor() -> ModelProto:
@@ -117,9 +115,7 @@ def ragged_conv() -> ModelProto:
 
 def strings_upper() -> ModelProto:
     """x[N] -> y[N], upper case. The operator's default locale, en_US.UTF-8, is not on every machine; this one is."""
-    return parse(
-        'g (string[N] x) => (string[N] y) { y = StringNormalizer <case_change_action = "UPPER", locale = "C.UTF-8"> (x) }'
-    )
+    return parse('g (string[N] x) => (string[N] y) { y = StringNormalizer <case_change_action = "UPPER", locale = "C.UTF-8"> (x) }')
 
 
 def strings_concat() -> ModelProto:

@@ -51,11 +51,9 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
     where = f"{name}/{path.name}"
     table = _read_toml(path)
     origins = dict.fromkeys(table, path.name)
-    sections = {
-        "instances": _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]"),
-        "inputs": tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where)),
-        "outputs": tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where)),
-    }
+    instances = _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]")
+    inputs = tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where))
+    outputs = tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where))
     flat = {**option_keys(ModelConfig), **option_keys(BatchingConfig)}
     _check_known(table, [*flat, "instances", "input", "output"], where)
     batching = {key: table[key] for key in table if key in option_keys(BatchingConfig)}
@@ -63,9 +61,9 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
     return ModelConfig(
         name,
         batching=_build_batching(_read_section(BatchingConfig, batching, where), where),
-        instances=InstanceConfig(**sections["instances"]),
-        inputs=sections["inputs"],
-        outputs=sections["outputs"],
+        instances=InstanceConfig(**instances),
+        inputs=inputs,
+        outputs=outputs,
         provenance=origins,
         **_read_section(ModelConfig, model, where),
     )

@@ -182,8 +182,7 @@ class Signature:
     def _check_tensor(self, spec: TensorSpec, tensor: InputTensor) -> None:
         if tensor.datatype != spec.datatype.value:
             raise InvalidRequest(
-                f"inference input '{spec.name}' data-type is '{tensor.datatype}', "
-                f"but model '{self.model}' expects '{spec.datatype.value}'"
+                f"inference input '{spec.name}' data-type is '{tensor.datatype}', but model '{self.model}' expects '{spec.datatype.value}'"
             )
         if tensor.shape != spec.shape and not _matches(spec.shape, tensor.shape):
             raise InvalidRequest(

@@ -123,8 +123,7 @@ class OnnxRuntimeBackend(Backend):
         values = {name: value_of(given) if isinstance(given, np.ndarray) else given for name, given in feed.items()}
         results = self._session.run_with_ort_values(names, values, self._run_options)
         return [
-            _bfloat16_bits(value) if name in self._bfloat16_outputs else value.numpy()
-            for name, value in zip(names, results, strict=True)
+            _bfloat16_bits(value) if name in self._bfloat16_outputs else value.numpy() for name, value in zip(names, results, strict=True)
         ]
 
     def close(self) -> None:
@@ -263,9 +262,7 @@ def _providers(device: str) -> list[str]:
     if device in ("auto", "cpu"):
         return ["CPUExecutionProvider"]
     if device.partition(":")[0] == "cuda" and "CUDAExecutionProvider" not in _runtime().get_available_providers():
-        raise LoadError(
-            f"device '{device}': the installed onnxruntime has no CUDAExecutionProvider (onnxruntime-gpu has); use 'cpu'"
-        )
+        raise LoadError(f"device '{device}': the installed onnxruntime has no CUDAExecutionProvider (onnxruntime-gpu has); use 'cpu'")
     raise LoadError(f"device '{device}': expected 'auto' or 'cpu'; this backend runs models on the CPU")
 
 

@@ -32,10 +32,7 @@ def gather(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[s
         first = tickets[0].inputs[index]
         if first is None:
             continue
-        if len(tickets) == 1:
-            array = _array(spec, first)
-        else:
-            array = _join(spec, [ticket.inputs[index] for ticket in tickets])
+        array = _array(spec, first) if len(tickets) == 1 else _join(spec, [ticket.inputs[index] for ticket in tickets])
         if signature.max_batch_size and array.shape[0] < rows:
             array = np.concatenate([array, np.repeat(array[:1], rows - array.shape[0], axis=0)])
         arrays[spec.name] = array

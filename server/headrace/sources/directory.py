@@ -60,9 +60,7 @@ class DirectorySource(Source):
                 versions[int(child.name)] = VersionRef(child, _token(directory, [*beside, *child.rglob("*")]))
             elif child not in self._warned and child.name not in ("configs", "warmup", "initial_state"):
                 self._warned.add(child)
-                log.warning(
-                    "directory ignored", model=name, directory=child.name, expected="a version number without leading zeros"
-                )
+                log.warning("directory ignored", model=name, directory=child.name, expected="a version number without leading zeros")
         if not versions:
             raise ConfigError(f"model '{name}' has no version: expected a directory such as {name}/1 with a model file in it")
         return ModelRef(name, directory, versions, config.version_policy)

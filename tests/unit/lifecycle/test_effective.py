@@ -239,9 +239,7 @@ def test_config_pbtxt_is_honoured_with_dims_that_leave_the_batch_out(tmp_path: P
     effective = resolved(write(tmp_path, onnx_models.mlp(16, 64, 4), config__pbtxt=pbtxt))
     assert effective.signature.inputs == (TensorSpec("x", FP32, (-1, 16)),)
     assert effective.signature.max_batch_size == 16
-    assert effective.instances == InstanceConfig(
-        count=2, device="cpu", threads=1, options={"graph_optimization_level": "extended"}
-    )
+    assert effective.instances == InstanceConfig(count=2, device="cpu", threads=1, options={"graph_optimization_level": "extended"})
     assert effective.provenance["count"] == "m/config.pbtxt"
     backend = OnnxRuntimeBackend(tmp_path / "m" / "1" / "model.onnx", effective.instances)
     backend.load()

@@ -71,9 +71,7 @@ def test_hidden_names_are_neither_models_nor_versions(name: str, tmp_path: Path)
     assert {m.name: sorted(m.versions) for m in listing(tmp_path).models.values()} == {"m": [1]}
 
 
-@pytest.mark.parametrize(
-    ("name", "is_version"), [("1", True), ("20", True), ("01", False), ("v1", False), ("1.0", False), ("²", False)]
-)
+@pytest.mark.parametrize(("name", "is_version"), [("1", True), ("20", True), ("01", False), ("v1", False), ("1.0", False), ("²", False)])
 def test_version_names_are_whole_numbers_without_leading_zeros(name: str, is_version: bool) -> None:
     assert is_version_name(name) is is_version
 
@@ -88,9 +86,7 @@ def test_odd_directories_are_ignored_with_one_warning(tmp_path: Path, monkeypatc
     listings = [asyncio.run(source.list()) for _ in range(3)]
 
     assert [sorted(found.models["m"].versions) for found in listings] == [[1]] * 3
-    assert [(call.method_name, call.args[0], call.kwargs["directory"]) for call in log.calls] == [
-        ("warning", "directory ignored", "02")
-    ]
+    assert [(call.method_name, call.args[0], call.kwargs["directory"]) for call in log.calls] == [("warning", "directory ignored", "02")]
 
 
 def test_files_beside_models_and_versions_are_no_matter(tmp_path: Path) -> None:
@@ -126,9 +122,7 @@ def test_one_broken_model_is_an_error_beside_the_others(toml: str, message: str,
 
 def test_model_without_a_version_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
-    assert listing(tmp_path).errors == {
-        "m": "model 'm' has no version: expected a directory such as m/1 with a model file in it"
-    }
+    assert listing(tmp_path).errors == {"m": "model 'm' has no version: expected a directory such as m/1 with a model file in it"}
 
 
 def test_dangling_link_is_an_error_of_its_model_only(tmp_path: Path) -> None:
@@ -197,9 +191,7 @@ def test_file_system_is_never_read_on_the_event_loop(tmp_path: Path, monkeypatch
     add(tmp_path / "m" / "1")
     threads = []
     read = module.load_model_config
-    monkeypatch.setattr(
-        module, "load_model_config", lambda *given: (threads.append(threading.current_thread()), read(*given))[1]
-    )
+    monkeypatch.setattr(module, "load_model_config", lambda *given: (threads.append(threading.current_thread()), read(*given))[1])
     listing(tmp_path)
     assert threads
     assert threading.main_thread() not in threads
