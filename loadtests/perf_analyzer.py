@@ -77,8 +77,8 @@ class Analysis:
 
 
 _REPORT = {
-    "throughput": r"Throughput: ([\d.]+) infer/sec",
-    "client_latency": r"Avg latency: (\d+) usec",
+    "throughput": r"^ +Throughput: ([\d.]+) infer/sec",
+    "client_latency": r"^ +Avg latency: (\d+) usec",
     "p99": r"p99 latency: (\d+) usec",
     "inferences": r"Inference count: (\d+)",
     "executions": r"Execution count: (\d+)",
@@ -100,7 +100,7 @@ def parse_report(text: str) -> list[Analysis]:
 
 
 def _parse_block(concurrency: int, block: str) -> Analysis:
-    found = {name: re.search(pattern, block) for name, pattern in _REPORT.items()}
+    found = {name: re.search(pattern, block, re.MULTILINE) for name, pattern in _REPORT.items()}
     missing = [name for name, match in found.items() if match is None]
     if missing:
         raise AnalyzerFailed(f"no {', '.join(missing)} in perf_analyzer's report:\n{block}")

@@ -35,10 +35,10 @@ class Spread:
 
 
 def _digits(value: float) -> str:
-    if value == 0:
-        return "0"
-    places = max(0, 2 - int(np.floor(np.log10(abs(value)))))
     rounded = float(f"{value:.3g}")
+    if rounded == 0:
+        return "0"
+    places = max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
     return f"{rounded:,.{places}f}".replace(",", " ")
 
 

@@ -60,10 +60,12 @@ class BatchQueue:
             lane.append(entry)
         else:
             bisect.insort(lane, entry)
-        if ticket.expires != NEVER:
-            heapq.heappush(self._expiries, (ticket.expires, sequence, ticket))
         self.rows += ticket.rows
         self.requests += 1
+        if ticket.expires != NEVER:
+            heapq.heappush(self._expiries, (ticket.expires, sequence, ticket))
+            if len(self._expiries) > 2 * self.requests + 64:
+                self._forget_expiries()
 
     def take(self) -> list[Ticket]:
         """The most urgent batch, at most `max_batch_rows` rows but at least one ticket; empty when nobody waits."""
@@ -130,6 +132,11 @@ class BatchQueue:
             if self.remove(ticket):
                 expired.append(ticket)
         return expired
+
+    def _forget_expiries(self) -> None:
+        """Drop the entries of tickets that have left: with deadlines far ahead they, and their tensors, would stay until then."""
+        self._expiries = [entry for entry in self._expiries if not (entry[2].is_taken or entry[2].is_settled)]
+        heapq.heapify(self._expiries)
 
     def clear(self) -> list[Ticket]:
         tickets = [entry[3] for lane in self._lanes.values() for entry in lane]

@@ -74,6 +74,14 @@ def test_expire_takes_out_exactly_those_whose_time_has_passed() -> None:
     assert queue.next_expiry() == NEVER
 
 
+def test_tickets_that_left_are_not_kept_until_their_far_deadline() -> None:
+    queue = BatchQueue(max_batch_rows=1)
+    for number in range(10_000):
+        queue.push(ticket(expires=1e9 + number))
+        queue.take()
+    assert len(queue._expiries) < 100
+
+
 def test_remove_knows_a_taken_ticket_from_a_queued_one() -> None:
     queue = BatchQueue(max_batch_rows=1)
     a, b = ticket(), ticket()
