@@ -1,0 +1,60 @@
+import json
+
+import pytest
+
+from loadtests.compare import Cell, Reference, Report, as_json, render
+from loadtests.machine import Noise, noisy_probes
+
+
+def cell(round_number: int, contestant: str, rate: float, client_cpu: float = 0.2) -> Cell:
+    return Cell(round_number, contestant, "mlp", 16, 1000, rate, 0.001, 0.002, 50.0, 4.0, client_cpu)
+
+
+@pytest.fixture
+def report() -> Report:
+    cells = [cell(0, "ours", 20.0), cell(0, "theirs", 10.0), cell(1, "theirs", 20.0), cell(1, "ours", 60.0), cell(2, "ours", 30.0)]
+    references = [Reference(0, "mlp", {1: 50.0, 2: 100.0}), Reference(1, "mlp", {1: 120.0, 2: 80.0})]
+    return Report({"cpu": "x"}, {"rounds": 3}, cells, references)
+
+
+def test_ratios_are_taken_within_a_round(report: Report) -> None:
+    # The third round has no baseline and gives no ratio.
+    assert report.ratios("ours", "theirs", "mlp", 16) == [2.0, 3.0]
+
+
+def test_fractions_are_of_the_best_batch_size_of_the_round(report: Report) -> None:
+    assert report.fractions("ours", "mlp", 16) == [0.2, 0.5]
+
+
+def test_tables_show_median_range_and_what_is_missing(report: Report) -> None:
+    text = render(report, ["ours", "theirs"], ["mlp"], [16, 64])
+    assert "30.0 (20.0-60.0)" in text
+    assert "2.50 (2.00-3.00)" in text
+    assert "0.350 (0.200-0.500)" in text
+    assert text.count("not measured") == 2
+    assert "lower bound" not in text
+
+
+def test_a_busy_client_makes_the_rate_a_lower_bound(report: Report) -> None:
+    report.cells.append(cell(3, "ours", 40.0, client_cpu=0.9))
+    text = render(report, ["ours", "theirs"], ["mlp"], [16])
+    assert "≥ 35.0 (20.0-60.0)" in text
+    assert "lower bound" in text
+
+
+def test_failures_are_shown(report: Report) -> None:
+    report.failures.append("round 1, ours, mlp: gone")
+    assert "- round 1, ours, mlp: gone" in render(report, ["ours"], ["mlp"], [16])
+
+
+def test_json_has_every_number(report: Report) -> None:
+    content = json.loads(as_json(report))
+    assert content["cells"][0]["rate"] == 20.0
+    assert content["references"][0] == {"round": 0, "model": "mlp", "rows_per_second": {"1": 50.0, "2": 100.0}, "best": 100.0}
+
+
+def test_noise_is_judged_by_the_best_of_its_core() -> None:
+    quiet = Noise(0, 1.0, 1.05, 1.2, 0.0)
+    slow = Noise(0, 1.1, 1.2, 1.3, 0.0)
+    stolen = Noise(1, 5.0, 5.0, 5.0, 0.05)
+    assert noisy_probes([quiet, slow, stolen]) == [slow, stolen]
