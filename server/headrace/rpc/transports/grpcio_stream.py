@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import grpc
 
-from headrace.errors import HeadraceError
+from headrace.errors import BackendError, HeadraceError
 from headrace.requests import Answer, InferRequest
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.status import status_details
@@ -87,7 +87,9 @@ class InferStream:
                 if self._ends_with_status:
                     self._error = answer
                     return
-                message = encode_stream_error(status_details(answer), due.request, was_admitted=due.was_admitted)
+                # A tiny model may have run, and failed, before `submit` returned.
+                was_admitted = due.was_admitted or isinstance(answer, BackendError)
+                message = encode_stream_error(status_details(answer), due.request, was_admitted=was_admitted)
             else:
                 message = encode_stream_response(answer)
             try:
