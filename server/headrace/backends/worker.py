@@ -14,7 +14,7 @@ from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
-from headrace.errors import BackendError, HeadraceError
+from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.access_log import VersionAccessLog
@@ -56,7 +56,8 @@ class BatchRunner:
             answers = self._run(backend, tickets, taken)
         except HeadraceError as error:
             answers = self._fail(tickets, error.with_traceback(None), FailureReason.BACKEND)
-        except Exception:
+        except BaseException:
+            # Also SystemExit and the like: a model ends neither its thread nor, run inline, the event loop.
             log.exception("batch failed", version=self._name, request_ids=[t.id for t in tickets if t.id][:8], requests=len(tickets))
             unknown = BackendError(f"{self._name} failed to run the request; the server's log has the reason")
             answers = self._fail(tickets, unknown, FailureReason.OTHER)
@@ -120,7 +121,7 @@ class Worker:
         self._doorbell: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._is_stopping = False
         self._work: tuple[Batcher, BatchRunner] | None = None
-        self._inline: tuple[Batcher, BatchRunner] | None = None
+        self._inline: tuple[Batcher, BatchRunner, int] | None = None
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -138,20 +139,28 @@ class Worker:
         self._work = (batcher, runner)
         self._doorbell.put(None)
 
-    def serve_inline(self, batcher: Batcher, runner: BatchRunner) -> None:
-        """Instead of `serve`: run batches on the threads that bring the requests; this one only keeps the backend's life."""
-        self._inline = (batcher, runner)
-        batcher.take(self)
+    def serve_inline(self, batcher: Batcher, runner: BatchRunner, max_rows: int) -> None:
+        """Like `serve`, but while no more than `max_rows` wait they run on the thread that brought the last of them."""
+        self._work = (batcher, runner)
+        self._inline = (batcher, runner, max_rows)
+        self.wake()
 
     def wake(self) -> None:
+        """Called by whoever has taken this instance off the batcher's idle list, and so for one thread at a time."""
         if self._inline is None:
             self._doorbell.put(None)
             return
-        batcher, runner = self._inline
-        tickets, _ = batcher.take(self)
-        while tickets:
-            batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
+        batcher, runner, max_rows = self._inline
+        left = max_rows
+        while batcher.pending_rows <= left:
             tickets, _ = batcher.take(self)
+            if not tickets:
+                return
+            left -= sum([ticket.rows for ticket in tickets])
+            batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
+        # Too much to hold this thread up for. The instance is still off the idle list: it passes to its own thread, which puts
+        # it back there once the queue is empty.
+        self._doorbell.put(None)
 
     def stop(self) -> None:
         """Let the thread end after its present batch and close the backend there. Returns at once; `join` waits."""
@@ -166,26 +175,48 @@ class Worker:
         return not self._thread.is_alive()
 
     def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
-        backend = self._backend
+        # From here on nobody can cancel it: whoever waited may have gone, and the result still has a place.
+        ready.set_running_or_notify_cancel()
+        result = self._prepare(warm_up)
+        if isinstance(result, HeadraceError):
+            # Closed first: whoever is told of the failure may count on the memory.
+            self._close()
+            ready.set_exception(result)
+            return
+        ready.set_result(result)
         try:
-            backend.load()
-            ready.set_result(warm_up(backend))
-        except Exception as error:
-            ready.set_exception(error)
-        else:
             self._doorbell.get()
             if self._work is not None:
-                batcher, runner = self._work
-                self._work = None
-                self._pull(backend, batcher, runner)
+                self._pull(*self._work)
         finally:
-            backend.close()
+            # Batcher and worker refer to each other.
+            self._work = self._inline = None
+            self._close()
 
-    def _pull(self, backend: Backend, batcher: Batcher, runner: BatchRunner) -> None:
+    def _prepare(self, warm_up: Callable[[Backend], WarmUp]) -> WarmUp | HeadraceError:
+        """Load and warm; the reason when that went wrong, whatever the backend raised."""
+        try:
+            self._backend.load()
+            if self._is_stopping:
+                return LoadError(f"{self.name}: stopped while it was loaded")
+            return warm_up(self._backend)
+        except HeadraceError as error:
+            return error.with_traceback(None)
+        except BaseException:
+            log.exception("instance failed to load", worker=self.name)
+            return LoadError("internal error while loading; the server's log has the reason")
+
+    def _close(self) -> None:
+        try:
+            self._backend.close()
+        except Exception:
+            log.exception("instance failed to close", worker=self.name)
+
+    def _pull(self, batcher: Batcher, runner: BatchRunner) -> None:
         while not self._is_stopping:
             tickets, until = batcher.take(self)
             if tickets:
-                batcher.settle(tickets, runner.run(backend, tickets, time.monotonic()))
+                batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
                 del tickets
             else:
                 self._wait(until)

@@ -11,12 +11,12 @@ from pathlib import Path
 from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
-from headrace.batching.latency import is_tiny, worthwhile_batch
+from headrace.batching.latency import inline_rows, worthwhile_batch
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.state import VersionState, check_move
-from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, warm_up
+from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
@@ -172,15 +172,22 @@ class ModelVersion:
             on_dropped=self._access_log.dropped if self._access_log else None,
         )
         allowed = effective.batching.allowed_batch_sizes
-        is_inline = is_tiny(self.latencies) and len(self._workers) == 1 and not effective.batching.max_queue_delay
+        inline = inline_rows(self.latencies, limit) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
-            if is_inline:
-                worker.serve_inline(batcher, runner)
+            if inline:
+                worker.serve_inline(batcher, runner, inline)
             else:
                 worker.serve(batcher, runner)
-        log.debug("instances opened", version=self.name, batch_limit=limit, inline=is_inline)
+        log.debug("instances opened", version=self.name, batch_limit=limit, inline_rows=inline)
         self._batcher = batcher
+
+    @staticmethod
+    def _may_run_inline(effective: EffectiveModel) -> bool:
+        """Only where the warm-up tells what a request costs: with free dimensions or strings one row can be of any size."""
+        signature = effective.signature
+        is_known = not has_free_dimension(signature) and all(spec.datatype.itemsize for spec in signature.inputs)
+        return is_known and effective.instances.count == 1 and not effective.batching.max_queue_delay
 
     def _log_live(self) -> None:
         assert self.effective is not None

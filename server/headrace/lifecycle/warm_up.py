@@ -55,7 +55,7 @@ def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: 
     Raises BatchAxisError when the model batches by its signature but not in fact.
     """
     failure = ""
-    for guess in FREE_DIMENSION_GUESSES if _has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
+    for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
             return WarmUp(_measure(backend, signature, sizes, runs, guess))
         except BatchAxisError:
@@ -65,7 +65,7 @@ def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: 
     return WarmUp({}, failure)
 
 
-def _has_free_dimension(signature: Signature) -> bool:
+def has_free_dimension(signature: Signature) -> bool:
     start = 1 if signature.max_batch_size else 0
     return any(-1 in spec.shape[start:] for spec in signature.inputs)
 
