@@ -38,8 +38,8 @@ format: $(STAMP) ## format and fix what can be fixed
 proto: $(STAMP) ## regenerate the descriptor set from protos/
 	$(BIN)/python scripts/proto.py
 
-bench: $(STAMP) ## throughput of the tiny model against onnxruntime alone; see loadtests/README.md
-	$(BIN)/python -m loadtests.compare --help
+bench: $(STAMP) ## requests per second of a tiny model at 1, 16 and 64 concurrent (needs h2load); see loadtests/README.md
+	$(BIN)/python -m loadtests.compare --model mlp --rounds 3
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
