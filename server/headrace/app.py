@@ -34,20 +34,30 @@ log = get_logger(__name__)
 
 
 class LoopTimer:
-    """A batching.batcher.Timer on an event loop, callable from any thread. Owns one pending callback."""
+    """A batching.batcher.Timer on an event loop, callable from any thread. Owns one pending callback.
+
+    Calls come one at a time and the last one holds: also when it is made on the loop while an earlier one, from another thread,
+    is still on its way there.
+    """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._thread = threading.get_ident()
         self._handle: asyncio.TimerHandle | None = None
+        self._latest: tuple[float, Callable[[], None]] | None = None
 
     def __call__(self, when: float, callback: Callable[[], None]) -> None:
+        self._latest = (when, callback)
         if threading.get_ident() == self._thread:
-            self._set(when, callback)
+            self._set()
         elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._set, when, callback)
+            self._loop.call_soon_threadsafe(self._set)
 
-    def _set(self, when: float, callback: Callable[[], None]) -> None:
+    def _set(self) -> None:
+        latest, self._latest = self._latest, None
+        if latest is None:
+            return
+        when, callback = latest
         if self._handle is not None:
             self._handle.cancel()
         self._handle = self._loop.call_later(max(when - time.monotonic(), 0.0), callback)
@@ -89,7 +99,10 @@ class LoopSchedule:
             return
         waiting, self._waiting = self._waiting, {}
         for callback in waiting:
-            callback()
+            try:
+                callback()
+            except Exception:
+                log.exception("scheduled callback failed")  # the others' requests must not wait for it
 
 
 class Server:
@@ -127,7 +140,10 @@ class Server:
         wanted: list[WantedVersion] = []
         errors: dict[str, str] = {}
         for uri in self.config.models:
-            listing = await DirectorySource(uri).list()
+            try:
+                listing = await DirectorySource(uri).list()
+            except OSError as error:
+                raise ConfigError(f"model repository {uri!r} cannot be read: {error.strerror}") from None
             errors.update(listing.errors)
             for model in listing.models.values():
                 taken = [want for want in wanted if want.model == model.name]
@@ -135,22 +151,23 @@ class Server:
                     raise ConfigError(
                         f"model '{model.name}' is in two repositories: {taken[0].model_directory} and {model.directory}; expected one"
                     )
-                for number in select_versions(list(model.versions), model.version_policy):
+                numbers = select_versions(list(model.versions), model.version_policy)
+                if not numbers:
+                    there = ", ".join(map(str, sorted(model.versions)))
+                    errors[model.name] = f"version_policy '{model.version_policy}' selects none of its versions: {there}"
+                for number in numbers:
                     wanted.append(WantedVersion(model.name, number, model.directory, model.versions[number].directory))
         await self.models.load_all(wanted, errors)
-        # What is loaded now stays for long: out of the collector's way, which otherwise scans it on every full collection.
-        gc.collect()
-        gc.freeze()
         log.info("server ready" if self.models.is_ready else "server not ready", models=len({want.model for want in wanted}))
 
     async def stop(self) -> None:
         """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
-        grace = self.config.shutdown_grace
+        deadline = time.monotonic() + self.config.shutdown_grace
         self.models.announce_stop()
         self.services.health.close()
         # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
-        await self.transport.stop(grace)
-        await self.models.stop(grace)
+        await self.transport.stop(self.config.shutdown_grace)
+        await self.models.stop(max(deadline - time.monotonic(), 0.0))
         if self.http is not None:
             await self.http.stop()
         if self.access_log is not None:
@@ -181,14 +198,33 @@ async def serve(config: ServerConfig, started: Callable[[Server], None] | None =
         await asyncio.wait({start, stop}, return_when=asyncio.FIRST_COMPLETED)
         if start.done():
             start.result()
+            # What is loaded now stays for long: out of the collector's way, which otherwise scans it on every full collection.
+            # Here and not in Server, because it is the whole process's.
+            gc.collect()
+            gc.freeze()
             if started is not None:
                 started(server)
             await stop
         else:
             start.cancel()
+            # What it still has to say is of no interest any more; as a result of gather it is not logged either.
+            await asyncio.gather(start, return_exceptions=True)
     finally:
         await server.stop()
+    if server.models.is_busy:
+        _leave()
     return 0
+
+
+def _leave() -> None:
+    """End the process although threads are inside models, in loads or runs that cannot be interrupted.
+
+    The interpreter's own way out would unwind them through C++ frames, which aborts the process.
+    """
+    log.warning("threads left behind", reason="a model was still being loaded or run")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def run(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:

@@ -95,3 +95,18 @@ def test_a_repository_that_is_not_there_is_wrong_use_in_one_line(tmp_path: Path)
     assert ended.returncode == 2
     assert "expected a directory, found nothing" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_signal_during_a_long_load_does_not_wait_for_it(tmp_path: Path) -> None:
+    onnx_models.save(onnx_models.slow(iterations=30_000_000), tmp_path / "slow" / "1")  # a minute for each run of the warm-up
+    server = ServerProcess(tmp_path)
+    try:
+        server.wait_for("server listening")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.finish() == 0
+        assert "server stopped" in [event["event"] for event in server.events]
+        assert not [event for event in server.events if event["level"] == "error"]
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server._stderr.close()

@@ -125,7 +125,11 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
-        return f"Worker({self.name}, alive={self._thread is not None and self._thread.is_alive()})"
+        return f"Worker({self.name}, alive={self.is_alive})"
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
 
     def prepare(self, warm_up: Callable[[Backend], WarmUp]) -> Future[WarmUp]:
         """Start the thread, load and warm there. After a failure the backend is closed and the thread gone."""

@@ -99,7 +99,8 @@ class Batcher:
         ticket.enqueued = now
         with self._lock:
             if not self._is_open:
-                raise self._closed_reason
+                # A new one each time: an exception that is raised again and again grows by a traceback each time.
+                raise type(self._closed_reason)(str(self._closed_reason))
             if ticket.expires <= now:
                 self._shard.record_failure(FailureReason.REJECTED)
                 raise _expired(ticket, self._name)

@@ -86,6 +86,11 @@ class ModelManager:
             )
         )
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread of any version still runs."""
+        return any(version.is_busy for model in self._models.values() for version in model.versions.values())
+
     def resolve(self, model: str, version: str) -> ModelVersion:
         route = self._routes.get(model)
         if route is not None:
@@ -197,7 +202,7 @@ def make_route(versions: Mapping[int, ModelVersion]) -> Route:
 
 
 def parse_version(version: str) -> int:
-    """Raises InvalidRequest unless it is a decimal number >= 0."""
-    if version.isascii() and version.isdigit():
+    """Raises InvalidRequest unless it is a decimal number >= 0, of at most the 19 digits that the protocol's int64 can have."""
+    if version.isascii() and version.isdigit() and len(version) <= 19:
         return int(version)
-    raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version!r}")
+    raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version[:40]!r}")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
@@ -25,6 +28,10 @@ from headrace.telemetry.log import get_logger
 from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
+
+LONGEST_JOIN = 30.0
+SHORTEST_JOIN = 1.0
+"""Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
 
 
 class ModelVersion:
@@ -56,6 +63,7 @@ class ModelVersion:
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
+        self._inspection: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"ModelVersion({self.model}:{self.version}, {self.state.value}, {self._batcher!r})"
@@ -71,6 +79,12 @@ class ModelVersion:
     @property
     def is_live(self) -> bool:
         return self.state is VersionState.LIVE
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a thread of this version still runs, serving or left behind inside a call that cannot be interrupted."""
+        inspecting = self._inspection is not None and self._inspection.is_alive()
+        return inspecting or any(worker.is_alive for worker in self._workers)
 
     @property
     def pending_rows(self) -> int:
@@ -110,9 +124,12 @@ class ModelVersion:
         try:
             self.move(VersionState.FETCHING)
             self.move(VersionState.VERIFYING)
-            effective = await asyncio.to_thread(resolve_model, model_directory, version_directory, backends)
+            effective = await self._inspect(lambda: resolve_model(model_directory, version_directory, backends))
             self.move(VersionState.LOADING)
             await self._load(effective, version_directory, backends[effective.backend])
+        except asyncio.CancelledError:
+            self._abandon()
+            raise
         except HeadraceError as error:
             self._fail(str(error))
             return
@@ -123,6 +140,33 @@ class ModelVersion:
         self.load_seconds = time.monotonic() - began
         self.move(VersionState.LIVE)
         self._log_live()
+
+    async def _inspect(self, resolve: Callable[[], EffectiveModel]) -> EffectiveModel:
+        """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact is
+        nothing that a stopping server waits for."""
+        result: Future[EffectiveModel] = Future()
+
+        def run() -> None:
+            result.set_running_or_notify_cancel()
+            try:
+                result.set_result(resolve())
+            except HeadraceError as error:
+                result.set_exception(error.with_traceback(None))
+            except BaseException:
+                log.exception("version failed to load", model=self.model, version=self.version)
+                result.set_exception(LoadError("internal error while reading the model; the server's log has the reason"))
+
+        self._inspection = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
+        self._inspection.start()
+        return await asyncio.wrap_future(result)
+
+    def _abandon(self) -> None:
+        """No longer wanted before it was live. Threads inside a load end after it, by themselves."""
+        for worker in self._workers:
+            worker.stop()
+        self.move(VersionState.UNLOADING, "no longer wanted")
+        self.move(VersionState.UNLOADED, "no longer wanted")
+        log.info("version load abandoned", model=self.model, version=self.version)
 
     def _fail(self, reason: str) -> None:
         self.move(VersionState.FAILED, reason)
@@ -147,13 +191,13 @@ class ModelVersion:
         workers = [Worker(f"{self.name}#{i}", backend(path, effective.instances)) for i in range(effective.instances.count)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
+        self._workers = workers
         ready = [asyncio.wrap_future(w.prepare(lambda b: warm_up(b, effective.signature, sizes, runs))) for w in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
-            await stop_workers(workers)
+            self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
             raise errors[0].with_traceback(None)
-        self._workers = workers
         return next(result for result in results if isinstance(result, WarmUp))
 
     def _open(self, effective: EffectiveModel) -> None:
@@ -205,6 +249,7 @@ class ModelVersion:
 
     async def unload(self, grace: float, reason: str = "unloaded") -> None:
         """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
+        deadline = time.monotonic() + grace
         if self.state is VersionState.LIVE:
             self.move(VersionState.DRAINING, reason)
             await self._drain(grace)
@@ -214,8 +259,8 @@ class ModelVersion:
             return
         else:
             return
-        await stop_workers(self._workers)
-        self._workers = []
+        now = time.monotonic()
+        self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
         self._batcher = None
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)
@@ -227,23 +272,29 @@ class ModelVersion:
         error = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
 
         def report() -> None:
-            loop.call_soon_threadsafe(drained.set)
+            # After the grace nobody waits for this any more, and the loop itself may be gone.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(drained.set)
 
         self._batcher.stop_admitting(error, report)
         try:
             async with asyncio.timeout(grace):
                 await drained.wait()
         except TimeoutError:
+            if drained.is_set() or not self._batcher.unsettled:
+                return
             count = self._batcher.fail_queued(NotReady(f"{self.name} was unloaded before the request could run"))
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
 
 
-async def stop_workers(workers: list[Worker]) -> None:
+async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:
+    """Returns those that are still inside their backend at `until`, by time.monotonic(); they end by themselves after that call."""
     for worker in workers:
         worker.stop()
-    for worker in workers:
-        if not await asyncio.to_thread(worker.join, 30.0):
-            log.error("worker did not end", worker=worker.name, seconds=30.0)
+    remaining = [worker for worker in workers if not await asyncio.to_thread(worker.join, max(until - time.monotonic(), 0.0))]
+    for worker in remaining:
+        log.error("worker did not end", worker=worker.name)
+    return remaining
 
 
 def without_batching(effective: EffectiveModel, found: str) -> EffectiveModel:

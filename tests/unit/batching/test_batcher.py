@@ -139,6 +139,17 @@ def test_draining_refuses_new_runs_old_and_reports_once() -> None:
     assert drained == [True]
 
 
+def test_refusals_while_draining_do_not_pile_up_in_one_exception() -> None:
+    world = World()
+    world.batcher.stop_admitting(NotReady("gone"), lambda: None)
+    depths = []
+    for _ in range(5):
+        with pytest.raises(NotReady) as caught:
+            world.submit("late")
+        depths.append(len(caught.traceback))
+    assert depths == depths[:1] * 5
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(seed: int) -> None:
     """Cancels, expiries, full queues, failing batches, several instances at work, and a shutdown at the end, in any order."""

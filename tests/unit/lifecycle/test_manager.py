@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -159,7 +160,47 @@ def test_every_state_is_reachable_and_illegal_moves_are_refused() -> None:
         check_move(VersionState.UNLOADED, VersionState.LIVE)
 
 
-@pytest.mark.parametrize("text", ["-1", "1.0", "one", " 1", "٣"])
+@pytest.mark.parametrize("text", ["-1", "1.0", "one", " 1", "٣", "9" * 5000])
 def test_a_version_is_decimal_digits(text: str) -> None:
     with pytest.raises(InvalidRequest):
         parse_version(text)
+
+
+async def test_a_load_that_is_cancelled_ends_at_once_and_its_instance_is_closed_when_it_can_be(tmp_path: Path) -> None:
+    loading, may_load, closed = threading.Event(), threading.Event(), threading.Event()
+
+    class Slow(FakeBackend.make()):  # type: ignore[misc]
+        def load(self) -> None:
+            loading.set()
+            assert may_load.wait(5)
+            super().load()
+
+        def close(self) -> None:
+            super().close()
+            closed.set()
+
+    models = manager(Slow)
+    task = asyncio.ensure_future(models.load_all([wanted(tmp_path, "m", 1)], {}))
+    await asyncio.to_thread(loading.wait, 5)
+    task.cancel()
+    async with asyncio.timeout(2):
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await models.stop(1)
+    assert [version.state for version in models.find("m", "")] == [VersionState.UNLOADED]
+    assert models.is_busy
+    may_load.set()
+    assert await asyncio.to_thread(closed.wait, 5)
+    assert Slow.live == []
+
+
+async def test_an_unknown_failure_while_loading_is_one_sentence_and_leaves_no_thread(tmp_path: Path) -> None:
+    class Failing(FakeBackend.make()):  # type: ignore[misc]
+        def load(self) -> None:
+            raise SystemExit("secret")
+
+    models = manager(Failing)
+    await models.load_all([wanted(tmp_path, "m", 1)], {})
+    assert [row.reason for row in models.index()] == ["internal error while loading; the server's log has the reason"]
+    assert not models.is_busy
+    await models.stop(1)
