@@ -47,7 +47,19 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("repository", type=Path, help="a directory of models")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(run=_check)
+    _add_publish(commands.add_parser("publish", help="put a model into a repository as a new version, whole or not at all"))
     return parser
+
+
+def _add_publish(publish: argparse.ArgumentParser) -> None:
+    publish.add_argument("artifact", type=Path, metavar="MODEL", help="a model file, or the directory of a version's files")
+    publish.add_argument("--to", required=True, metavar="DIR", help="the repository: a directory of models")
+    publish.add_argument("--name", required=True, help="the model's name")
+    publish.add_argument("--version", type=int, metavar="N", help="left out: one more than the highest there")
+    publish.add_argument("--metadata", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="kept in manifest.json")
+    publish.add_argument("--sign", type=Path, metavar="KEY.pem", help="private key (EC, P-256) to sign the manifest with")
+    publish.add_argument("--json", action="store_true", help="for machines")
+    publish.set_defaults(run=_publish)
 
 
 def _add_flag(parser: argparse.ArgumentParser, key: str, field: Any) -> None:
@@ -119,6 +131,7 @@ def _check(options: argparse.Namespace) -> int:
     from headrace.lifecycle.effective import resolve_model
     from headrace.lifecycle.policy import select_versions
     from headrace.sources.directory import DirectorySource
+    from headrace.sources.verification import verify_version
 
     check_runtime()
     listing = asyncio.run(DirectorySource(str(options.repository)).list())
@@ -131,6 +144,7 @@ def _check(options: argparse.Namespace) -> int:
             results.append({"model": model.name, "error": f"version_policy '{model.version_policy}' selects none of its versions: {there}"})
         for number in numbers:
             try:
+                verify_version(model.directory, model.versions[number].directory)
                 effective = resolve_model(model.directory, model.versions[number].directory, backends)
                 results.append({"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)})
             except HeadraceError as error:
@@ -168,6 +182,40 @@ def _format_result(result: dict[str, Any]) -> str:
     widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
     lines = [f"  {name:<{widths[0]}}  {value:<{widths[1]}}  ({origin})" for name, value, origin in rows]
     return "\n".join([title, *lines, *(f"  note: {note}" for note in result["notes"]), ""])
+
+
+# -- publish -----------------------------------------------------------------------------------------------------------
+
+
+def _publish(options: argparse.Namespace) -> int:
+    from headrace.backends.registry import load_backends
+    from headrace.sources.publish import Order, publish
+
+    metadata = dict(_read_pair(text) for text in options.metadata)
+    order = Order(options.artifact, options.to, options.name, options.version, metadata, options.sign)
+    check_runtime()
+    try:
+        published = publish(order, load_backends())
+    except ConfigError:
+        raise
+    except HeadraceError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"cannot publish {order.model}: {error.strerror}" + (f": {error.filename}" if error.filename else "")
+    except KeyboardInterrupt:
+        reason = "interrupted"
+    else:
+        print(json.dumps(published.table(), indent=2) if options.json else published)
+        return DONE
+    print(f"headrace: {reason}", file=sys.stderr)
+    return FAILED
+
+
+def _read_pair(text: str) -> tuple[str, str]:
+    key, separator, value = text.partition("=")
+    if not (key and separator):
+        raise ConfigError(f"--metadata: expected KEY=VALUE, got {text!r}")
+    return key, value
 
 
 if __name__ == "__main__":

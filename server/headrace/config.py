@@ -131,6 +131,16 @@ class ModelConfig:
     outputs: tuple[TensorConfig, ...] = ()
     version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
     warmup_runs: int = _option(3, "Runs of every batch size before a version goes live. 0: none.", minimum=0)
+    signature_policy: str = _option(
+        "off",
+        "What a version without a valid signature of its manifest is: off: taken; warn: taken and logged; require: not loaded.",
+        choices=("off", "warn", "require"),
+    )
+    signature_key: str = _option("", "PEM file beside model.toml with the public key (EC, P-256) that versions are signed with.")
     parameters: Mapping[str, str] = field(default_factory=dict, metadata={"doc": "Free key-value pairs, shown to clients in ModelConfig."})
     notes: tuple[str, ...] = ()
     provenance: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.signature_policy != "off" and not self.signature_key:
+            raise ConfigError(f"{self.name}/model.toml: signature_policy '{self.signature_policy}': expected signature_key beside it")

@@ -34,6 +34,10 @@ class Listing:
     errors: Mapping[str, str]
 
 
+def is_version_name(name: str) -> bool:
+    return name.isascii() and name.isdigit() and (name == "0" or not name.startswith("0"))
+
+
 class Source(ABC):
     """Raises ConfigError or OSError from `list` when it cannot say what it has, which never unloads anything."""
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from headrace.errors import ConfigError, HeadraceError
 from headrace.lifecycle.policy import select_versions
 from headrace.model_files import load_model_config, model_name
-from headrace.sources.base import Listing, ModelRef, Source, VersionRef
+from headrace.sources.base import Listing, ModelRef, Source, VersionRef, is_version_name
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -64,10 +64,6 @@ class DirectorySource(Source):
         if not versions:
             raise ConfigError(f"model '{name}' has no version: expected a directory such as {name}/1 with a model file in it")
         return ModelRef(name, directory, versions, config.version_policy)
-
-
-def is_version_name(name: str) -> bool:
-    return name.isascii() and name.isdigit() and (name == "0" or not name.startswith("0"))
 
 
 def _is_hidden(name: str) -> bool:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from headrace.errors import ConfigError
 from headrace.sources import directory as module
-from headrace.sources.base import Listing
-from headrace.sources.directory import DirectorySource, is_version_name
+from headrace.sources.base import Listing, is_version_name
+from headrace.sources.directory import DirectorySource
 from structlog.testing import CapturingLogger
 
 
