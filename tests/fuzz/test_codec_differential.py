@@ -202,10 +202,30 @@ def test_every_truncation_and_every_byte_flip_of_one_message(seed):
             check_equal(message[:at] + bytes([message[at] ^ 1 << bit]) + message[at + 1 :])
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_layout_reads_the_flips_in_tensors_and_id_and_no_others(seed):
+    message = _sample(random.Random(seed))
+    request = decode_request(message)
+    layout = learn_layout(message, request)
+    cut = sum(len(tensor.data) for tensor in request.inputs) + len(request.id)
+    read = 0
+    for at in range(len(message)):
+        for bit in range(8):
+            changed = message[:at] + bytes([message[at] ^ 1 << bit]) + message[at + 1 :]
+            got = layout.read(changed)
+            if got is not None:
+                read += 1
+                assert described(got) == outcome(decode_request_protobuf, changed)
+    # The topmost bit makes a character of the id the start of a longer one, which it is not.
+    assert read == 8 * cut - len(request.id)
+
+
 def _sample(rng):
     message = ModelInferRequest(model_name="model", model_version="1", id=str(rng.random()))
     for name in "ab":
         message.inputs.add(name=name, datatype="INT8", shape=[2, rng.randrange(300)]).parameters["p"].int64_param = rng.randrange(2**40)
         message.raw_input_contents.append(rng.randbytes(rng.randrange(20)))
     message.outputs.add(name="y").parameters["s"].string_param = "ü"
-    return message.SerializeToString()
+    last = ModelInferRequest(model_version="2")
+    last.outputs.add(name="z")
+    return message.SerializeToString() + last.SerializeToString()

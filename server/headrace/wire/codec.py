@@ -116,7 +116,7 @@ def read_field(message: bytes, position: int) -> tuple[int, int, int]:
     or ValueError on anything else, valid or not.
     """
     tag = message[position]
-    if tag & 7 != _LENGTH_DELIMITED or not 8 <= tag < 0x80:
+    if tag & 7 != _LENGTH_DELIMITED or tag >= 0x80:
         raise ValueError("not a length-delimited field with a one-byte tag")
     length = message[position + 1]
     start = position + 2
@@ -166,8 +166,7 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview]) -> Infe
         else:
             raise InvalidRequest(f"unable to find data for input tensor '{name}' for model '{model}' in request")
         inputs.append(InputTensor(name, datatype, shape, data, parameters))
-    requested = parsed.outputs[:]
-    outputs = [_requested_output(output) for output in requested] if requested else ()
+    outputs = [_requested_output(output) for output in parsed.outputs[:]]
     given = parsed.parameters
     return InferRequest(model, parsed.model_version, parsed.id, inputs, outputs, _parameters(given) if given else NO_PARAMETERS)
 
