@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
+from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
@@ -124,7 +126,7 @@ class ModelVersion:
         try:
             self.move(VersionState.FETCHING)
             self.move(VersionState.VERIFYING)
-            effective = await self._inspect(lambda: resolve_model(model_directory, version_directory, backends))
+            effective = await self._inspect(lambda: verify_and_resolve(model_directory, version_directory, backends))
             self.move(VersionState.LOADING)
             await self._load(effective, version_directory, backends[effective.backend])
         except asyncio.CancelledError:
@@ -192,7 +194,9 @@ class ModelVersion:
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
         self._workers = workers
-        ready = [asyncio.wrap_future(w.prepare(lambda b: warm_up(b, effective.signature, sizes, runs))) for w in workers]
+        has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
+        warm = functools.partial(warm_up, signature=effective.signature, sizes=sizes, runs=runs, must_run_all=has_to_run_all)
+        ready = [asyncio.wrap_future(worker.prepare(warm)) for worker in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
@@ -285,6 +289,12 @@ class ModelVersion:
                 return
             count = self._batcher.fail_queued(NotReady(f"{self.name} was unloaded before the request could run"))
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
+
+
+def verify_and_resolve(model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
+    """Nothing of the artifact is parsed before it is known to be what was published."""
+    verify_version(model_directory, version_directory)
+    return resolve_model(model_directory, version_directory, backends)
 
 
 async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:

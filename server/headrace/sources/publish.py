@@ -241,7 +241,8 @@ def _inspect(order: Order, directory: Path, staging: Path, backends: BackendRegi
     try:
         signature = resolve_model(directory, staging, backends).signature
     except (ConfigError, LoadError) as error:
-        reason = str(error).replace(staging.name + "/", "").replace(staging.name, "the new version")
+        place = f"{order.model}/{staging.name}"
+        reason = str(error).replace(place, "the new version").replace(staging.name + "/", "")
     else:
         return ModelTensors(signature.inputs, signature.outputs)
     raise LoadError(f"{order.artifact} was not published: {reason}")
