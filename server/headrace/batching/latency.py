@@ -38,4 +38,4 @@ def inline_rows(seconds: Mapping[int, float], batch_limit: int) -> int:
     full = max(fitting)
     if seconds[full] > INLINE_BUDGET:
         return max(rows for rows in fitting if seconds[rows] <= INLINE_BUDGET)
-    return int(INLINE_BUDGET / seconds[full]) * full
+    return max(int(INLINE_BUDGET / (seconds[full] + BATCH_OVERHEAD)), 1) * full

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
 from headrace.backends.base import Array, Backend
 from headrace.backends.worker import WarmUp
+from headrace.batching.batch_queue import NEVER
 from headrace.errors import HeadraceError
 from headrace.signature import Signature
 
@@ -16,6 +18,13 @@ FREE_DIMENSION_GUESSES = (64, 32, 224, 1)
 """Tried in turn for dimensions that the signature leaves open; convolutions with strides need more than 1."""
 TIME_BUDGET = 10.0
 """Seconds after which larger batch sizes are left out: a slow model must not take minutes to go live."""
+SAMPLE_SECONDS = 0.025
+RUNS_A_SAMPLE = 20
+"""One sample of l(b) is the shortest of so many runs, or of as many as fit: runs of microseconds vary by half."""
+PROMISING = 0.9
+"""Of the best rate so far: a size below it is not measured again, since noise alone does not make it the right one."""
+CLEAR_FALLS = 2
+"""Sizes in a row below that, after which none larger is tried."""
 
 
 class BatchAxisError(HeadraceError):
@@ -49,15 +58,20 @@ def synthesise(signature: Signature, rows: int, guess: int) -> dict[str, Array]:
     return inputs
 
 
-def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: int) -> WarmUp:
-    """Run every size `runs` times. Synthesised inputs that the model refuses are no failure of the model: it says so and goes on.
+def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: int, *, must_run_all: bool = False) -> WarmUp:
+    """Run and time the sizes in `runs` rounds, those that are not worth it left out; with `must_run_all` each once at least.
 
+    Synthesised inputs that the model refuses are no failure of the model: it says so and goes on.
     Raises BatchAxisError when the model batches by its signature but not in fact.
     """
     failure = ""
+    if not runs:
+        return WarmUp({})
     for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
-            return WarmUp(_measure(backend, signature, sizes, runs, guess))
+            _check_batch_axis(backend, signature, sizes, guess)
+            sample = functools.partial(_sample, backend, signature, guess)
+            return WarmUp(measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET)))
         except BatchAxisError:
             raise
         except HeadraceError as error:
@@ -70,26 +84,66 @@ def has_free_dimension(signature: Signature) -> bool:
     return any(-1 in spec.shape[start:] for spec in signature.inputs)
 
 
-def _measure(backend: Backend, signature: Signature, sizes: Sequence[int], runs: int, guess: int) -> Mapping[int, float]:
+def _countdown(seconds: float) -> Callable[[], float]:
+    ends = time.monotonic() + seconds
+    return lambda: ends - time.monotonic()
+
+
+def _sample(backend: Backend, signature: Signature, guess: int, rows: int) -> float:
+    """Seconds of one run, the shortest of a few."""
+    inputs = synthesise(signature, rows, guess)
+    shortest = NEVER
+    began = start = time.monotonic()
+    for _ in range(RUNS_A_SAMPLE):
+        backend.warm(inputs)
+        end = time.monotonic()
+        shortest = min(shortest, end - start)
+        if end - began > SAMPLE_SECONDS:
+            break
+        start = end
+    return shortest
+
+
+def measure(
+    sample: Callable[[int], float], sizes: Sequence[int], runs: int, *, must_run_all: bool, left: Callable[[], float]
+) -> dict[int, float]:
+    """l(b) for `sizes`, which ascend, by `sample` of each, as long as seconds are `left`.
+
+    The first round climbs until larger batches have clearly become slower by the row; the others go over what could still be
+    the best, all of it in each round, so that a machine that is busy for a while is so for all.
+    """
     seconds: dict[int, float] = {}
-    began = time.monotonic()
-    _check_batch_axis(backend, signature, guess)
+    falls = 0
     for rows in sizes:
-        inputs = synthesise(signature, rows, guess)
-        for _ in range(max(runs, 1)):
-            start = time.monotonic()
-            backend.warm(inputs)
-            took = time.monotonic() - start
-            seconds[rows] = min(took, seconds.get(rows, took))
-            if time.monotonic() - began > TIME_BUDGET:
+        if not must_run_all and (falls == CLEAR_FALLS or _expected(seconds, rows) > left()):
+            break
+        seconds[rows] = sample(rows)
+        if not _is_promising(seconds, rows) and seconds[rows] < left():
+            seconds[rows] = min(seconds[rows], sample(rows))  # one bad sample may be a neighbour's doing
+        falls = 0 if _is_promising(seconds, rows) else falls + 1
+    for _ in range(1, runs):
+        # One row also when it seems bad: whether requests may run inline depends on it.
+        for rows in [rows for rows in seconds if rows == 1 or _is_promising(seconds, rows)]:
+            if seconds[rows] > left():
                 return seconds
+            seconds[rows] = min(seconds[rows], sample(rows))
     return seconds
 
 
-def _check_batch_axis(backend: Backend, signature: Signature, guess: int) -> None:
-    if signature.max_batch_size < 2:
+def _expected(seconds: Mapping[int, float], rows: int) -> float:
+    largest = max(seconds, default=0)
+    return seconds[largest] * rows / largest if largest else 0.0
+
+
+def _is_promising(seconds: Mapping[int, float], rows: int) -> bool:
+    return rows / seconds[rows] >= PROMISING * max(n / took for n, took in seconds.items())
+
+
+def _check_batch_axis(backend: Backend, signature: Signature, sizes: Sequence[int], guess: int) -> None:
+    rows = next((size for size in sizes if size >= 2), 0)
+    if not rows:
         return
-    outputs = backend.execute(synthesise(signature, 2, guess), None)
+    outputs = backend.execute(synthesise(signature, rows, guess), None)
     for spec, array in zip(signature.outputs, outputs, strict=True):
-        if array.ndim == 0 or array.shape[0] != 2:
-            raise BatchAxisError(f"output '{spec.name}' has shape {tuple(array.shape)} for a batch of 2")
+        if array.ndim == 0 or array.shape[0] != rows:
+            raise BatchAxisError(f"output '{spec.name}' has shape {tuple(array.shape)} for a batch of {rows}")
