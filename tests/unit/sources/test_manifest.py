@@ -99,7 +99,7 @@ GOOD = {"sha256": "0" * 64, "size": 1}
         ({"signature": {"inputs": []}}, "signature: expected key 'outputs'"),
         (
             {"signature": {"inputs": [{"name": "x", "datatype": "FP33", "shape": []}], "outputs": []}},
-            "signature: inputs: datatype: expected",
+            "inputs: datatype: expected one",
         ),
         ({"signature": {"inputs": [{"name": "x", "datatype": "FP32", "shape": ["N"]}], "outputs": []}}, "inputs: shape: expected a whole"),
         ({"parent_version": "2"}, "parent_version: expected a whole number"),

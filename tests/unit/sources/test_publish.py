@@ -73,7 +73,7 @@ def test_a_directory_is_published_whole_without_hidden_files_and_an_earlier_mani
 
 def test_a_file_gets_the_name_that_the_models_configuration_expects(artifact: Path, repository: Path) -> None:
     (repository / "digits").mkdir(parents=True)
-    (repository / "digits" / "model.toml").write_text('filename = "net.onnx"\n')
+    (repository / "digits" / "model.toml").write_text('backend = "onnxruntime"\nfilename = "net.onnx"\n')
     assert list(publish_digits(artifact, repository).manifest.files) == ["net.onnx"]
 
 
