@@ -4,8 +4,9 @@
 
 Each round starts each server anew, with one model, and loads it at each concurrency; every second round goes through the
 contestants in reverse order. A cell of the table is the median of the rounds and their range. CPU-µs a request is the CPU time
-of the server's whole process tree over a run divided by its requests. Another table divides the rate by that of ONNX
-Runtime alone at its best batch size on the same core in the same round.
+of the server's whole process tree over a run divided by its requests. Another table is about
+ONNX Runtime alone at its best batch size, on the same core in the same round: the server's rate as a fraction of its rate, and its
+CPU time a row as a fraction of the server's a request. Both are 1 where the server costs nothing beside the model.
 
 Read the CPU time first: it does not depend on what else the machine does. A rate does; see the noise probe below the tables.
 """
@@ -31,7 +32,7 @@ from loadtests.h2load import Call, LoadFailed, measure_call, parse_concurrencies
 from loadtests.machine import Noise, machine_facts, noisy_probes, probe_noise
 from loadtests.models import add_models_argument, selected_models, write_repository
 from loadtests.process import ServerFailed, exit_on_terminate
-from loadtests.reference import measure_reference
+from loadtests.reference import Speed, measure_reference
 from loadtests.statistics import Spread, abba_order, markdown_table
 
 REFERENCE = Contestant("onnxruntime alone", "")
@@ -60,11 +61,16 @@ class Cell:
 class Reference:
     round: int
     model: str
-    rows_per_second: dict[int, float]
+    speeds: dict[int, Speed]
+    """By rows in a batch."""
 
     @property
-    def best(self) -> float:
-        return max(self.rows_per_second.values())
+    def best_rate(self) -> float:
+        return max(speed.rate for speed in self.speeds.values())
+
+    @property
+    def least_cpu_us(self) -> float:
+        return min(speed.cpu_us for speed in self.speeds.values())
 
 
 @dataclass(slots=True)
@@ -82,8 +88,13 @@ class Report:
 
     def fractions(self, contestant: str, model: str, concurrency: int) -> list[float]:
         """The rate over the reference's best, round by round."""
-        best = {r.round: r.best for r in self.references if r.model == model}
+        best = {r.round: r.best_rate for r in self.references if r.model == model}
         return [c.rate / best[c.round] for c in self.select(contestant, model, concurrency) if c.round in best]
+
+    def cpu_fractions(self, contestant: str, model: str, concurrency: int) -> list[float]:
+        """The reference's least CPU time a row over the server's a request, round by round."""
+        least = {r.round: r.least_cpu_us for r in self.references if r.model == model}
+        return [least[c.round] / c.cpu_us for c in self.select(contestant, model, concurrency) if c.round in least and c.cpu_us]
 
     def ratios(self, contestant: str, baseline: str, model: str, concurrency: int) -> list[float]:
         """The rate over the baseline's, round by round."""
@@ -180,7 +191,7 @@ def render(report: Report, contestants: Sequence[str], models: Sequence[str], co
     if report.references:
         parts += ["", "## Fraction of ONNX Runtime alone at its best batch size", ""]
         parts += [_fractions_table(report, contestants, models, concurrencies)]
-        parts += ["", "## ONNX Runtime alone, rows/s by batch size", "", _reference_table(report, models)]
+        parts += ["", "## ONNX Runtime alone, by batch size", "", _reference_table(report, models)]
     parts += ["", "## Conditions", "", *(f"- {key}: {value}" for key, value in {**report.facts, **report.settings}.items())]
     noisy = noisy_probes(report.noise)
     parts.append(f"- noise probe (fixed work, µs): {_noise_text(report.noise)}; {len(noisy)} of {len(report.noise)} off by more than 10 %")
@@ -231,18 +242,21 @@ def _fractions_table(report: Report, contestants: Sequence[str], models: Sequenc
     rows = []
     for model in models:
         for contestant in contestants:
-            cells = [report.fractions(contestant, model, concurrency) for concurrency in concurrencies]
-            rows.append([model, contestant, *(Spread.of(values).text() if values else "-" for values in cells)])
-    return markdown_table(["model", "server", *(f"at {concurrency}" for concurrency in concurrencies)], rows)
+            for quantity, fractions in (("rate", report.fractions), ("CPU time", report.cpu_fractions)):
+                cells = [fractions(contestant, model, concurrency) for concurrency in concurrencies]
+                rows.append([model, contestant, quantity, *(Spread.of(values).text() if values else "-" for values in cells)])
+    return markdown_table(["model", "server", "by", *(f"at {concurrency}" for concurrency in concurrencies)], rows)
 
 
 def _reference_table(report: Report, models: Sequence[str]) -> str:
-    sizes = sorted({rows for reference in report.references for rows in reference.rows_per_second})
+    sizes = sorted({rows for reference in report.references for rows in reference.speeds})
     rows = []
     for model in models:
-        measured = [reference.rows_per_second for reference in report.references if reference.model == model]
-        rows.append([model, *(Spread.of([m[size] for m in measured]).text() if measured else "-" for size in sizes)])
-    return markdown_table(["model", *map(str, sizes)], rows)
+        speeds = [reference.speeds for reference in report.references if reference.model == model]
+        if speeds:
+            rows.append([model, "rows/s", *(Spread.of([by_size[size].rate for by_size in speeds]).text() for size in sizes)])
+            rows.append([model, "CPU-µs/row", *(Spread.of([by_size[size].cpu_us for by_size in speeds]).text() for size in sizes)])
+    return markdown_table(["model", "", *map(str, sizes)], rows)
 
 
 def _noise_text(probes: Sequence[Noise]) -> str:
@@ -253,7 +267,7 @@ def _noise_text(probes: Sequence[Noise]) -> str:
 def as_json(report: Report) -> str:
     content = asdict(report)
     for reference, raw in zip(report.references, content["references"], strict=True):
-        raw["best"] = reference.best
+        raw |= {"best_rate": reference.best_rate, "least_cpu_us": reference.least_cpu_us}
     return json.dumps(content, indent=1)
 
 

@@ -232,7 +232,8 @@ def measure_call(
             load = generator.measure(concurrency, rate, seconds, response_bytes)
             used = server_cpu() - used
             batches = count_batches(address, call.model) - batches
-            if batches.rows != load.requests:
+            # Triton counts a request after it has answered it: those of the warm-up may come late, and the last ones of the run.
+            if abs(batches.rows - load.requests) > concurrency:
                 raise LoadFailed(f"{load.requests} requests were answered, but the server's statistics count {batches.rows} rows")
             runs.append(MeasuredRun(concurrency, load, used, batches.mean))
         call.check(address)

@@ -4,6 +4,7 @@ import pytest
 
 from loadtests.compare import Cell, Reference, Report, as_json, render
 from loadtests.machine import Noise, noisy_probes
+from loadtests.reference import Speed
 
 
 def cell(round_number: int, contestant: str, rate: float, client_cpu: float = 0.2) -> Cell:
@@ -13,7 +14,10 @@ def cell(round_number: int, contestant: str, rate: float, client_cpu: float = 0.
 @pytest.fixture
 def report() -> Report:
     cells = [cell(0, "ours", 20.0), cell(0, "theirs", 10.0), cell(1, "theirs", 20.0), cell(1, "ours", 60.0), cell(2, "ours", 30.0)]
-    references = [Reference(0, "mlp", {1: 50.0, 2: 100.0}), Reference(1, "mlp", {1: 120.0, 2: 80.0})]
+    references = [
+        Reference(0, "mlp", {1: Speed(50.0, 20.0), 2: Speed(100.0, 10.0)}),
+        Reference(1, "mlp", {1: Speed(120.0, 5.0), 2: Speed(80.0, 12.0)}),
+    ]
     return Report({"cpu": "x"}, {"rounds": 3}, cells, references)
 
 
@@ -24,6 +28,7 @@ def test_ratios_are_taken_within_a_round(report: Report) -> None:
 
 def test_fractions_are_of_the_best_batch_size_of_the_round(report: Report) -> None:
     assert report.fractions("ours", "mlp", 16) == [0.2, 0.5]
+    assert report.cpu_fractions("ours", "mlp", 16) == [0.2, 0.1]
 
 
 def test_tables_show_median_range_and_what_is_missing(report: Report) -> None:
@@ -50,7 +55,8 @@ def test_failures_are_shown(report: Report) -> None:
 def test_json_has_every_number(report: Report) -> None:
     content = json.loads(as_json(report))
     assert content["cells"][0]["rate"] == 20.0
-    assert content["references"][0] == {"round": 0, "model": "mlp", "rows_per_second": {"1": 50.0, "2": 100.0}, "best": 100.0}
+    assert content["references"][0]["speeds"]["2"] == {"rate": 100.0, "cpu_us": 10.0}
+    assert (content["references"][1]["best_rate"], content["references"][1]["least_cpu_us"]) == (120.0, 5.0)
 
 
 def test_noise_is_judged_by_the_best_of_its_core() -> None:
