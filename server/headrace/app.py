@@ -14,18 +14,17 @@ from collections.abc import Callable
 import uvloop
 
 from headrace import __version__
-from headrace.backends.registry import load_backends
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
 from headrace.lifecycle.manager import ModelManager, WantedVersion
 from headrace.lifecycle.policy import select_versions
+from headrace.plugins import load_backends, open_source
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
-from headrace.sources.directory import DirectorySource
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
@@ -141,7 +140,7 @@ class Server:
         errors: dict[str, str] = {}
         for uri in self.config.models:
             try:
-                listing = await DirectorySource(uri).list()
+                listing = await open_source(uri).list()
             except OSError as error:
                 raise ConfigError(f"model repository {uri!r} cannot be read: {error.strerror}") from None
             errors.update(listing.errors)

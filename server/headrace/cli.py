@@ -127,14 +127,13 @@ def _is_installed(name: str) -> bool:
 def _check(options: argparse.Namespace) -> int:
     import asyncio
 
-    from headrace.backends.registry import load_backends
     from headrace.lifecycle.effective import resolve_model
     from headrace.lifecycle.policy import select_versions
-    from headrace.sources.directory import DirectorySource
+    from headrace.plugins import load_backends, open_source
     from headrace.sources.verification import verify_version
 
     check_runtime()
-    listing = asyncio.run(DirectorySource(str(options.repository)).list())
+    listing = asyncio.run(open_source(str(options.repository)).list())
     backends = load_backends()
     results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
     for model in listing.models.values():
@@ -188,7 +187,7 @@ def _format_result(result: dict[str, Any]) -> str:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from headrace.backends.registry import load_backends
+    from headrace.plugins import load_backends
     from headrace.sources.publish import Order, publish
 
     metadata = dict(_read_pair(text) for text in options.metadata)

@@ -80,9 +80,8 @@ class FakeBackend(Backend):
 class FakeSource(Source):
     """Offers what is put into `models`; raises `error` when one is set."""
 
-    uri = "fake:"
-
     def __init__(self, models: Mapping[str, ModelRef] | None = None) -> None:
+        super().__init__("fake://")
         self.models = dict(models or {})
         self.errors: dict[str, str] = {}
         self.error: Exception | None = None

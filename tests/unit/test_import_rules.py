@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.signing",
     ),
     ("headrace.sources.verification",),
-    ("headrace.backends.onnxruntime", "headrace.backends.registry", "headrace.sources.directory", "headrace.lifecycle.effective"),
+    ("headrace.backends.onnxruntime", "headrace.plugins", "headrace.sources.directory", "headrace.lifecycle.effective"),
     ("headrace.lifecycle.view", "headrace.lifecycle.admission", "headrace.batching.batcher", "headrace.sources.publish"),
     ("headrace.backends.worker", "headrace.lifecycle.warm_up", "headrace.lifecycle.version", "headrace.lifecycle.manager"),
     ("headrace.telemetry", "headrace.rpc", "headrace.http"),
@@ -83,8 +83,8 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module} is pure and imports {root}")
         if root in ("grpc", "grpc_reflection") and not module.startswith("headrace.rpc"):
             found.append(f"{module} imports {root}, which only headrace.rpc may")
-        if belongs(imported, ADAPTERS) and not belongs(module, ADAPTERS) and module not in ("headrace.app", "headrace.cli"):
-            found.append(f"{module} names the adapter {imported}, which only the app may")
+        if belongs(imported, ADAPTERS) and not belongs(module, ADAPTERS):
+            found.append(f"{module} names the adapter {imported}, which only entry points may")
         if belongs(module, ADAPTERS) and belongs(imported, ADAPTERS):
             found.append(f"the adapter {module} imports the adapter {imported}")
     return found
@@ -108,7 +108,7 @@ def test_imports_go_down_only(module: str) -> None:
         ("headrace.batching.batch_queue", "import threading", "pure"),
         ("headrace.wire.codec", "import asyncio", "pure"),
         ("headrace.lifecycle.manager", "import grpc", "only headrace.rpc"),
-        ("headrace.lifecycle.version", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "only the app"),
+        ("headrace.lifecycle.version", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "only entry points"),
         ("headrace.sources.directory", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "the adapter"),
     ],
 )

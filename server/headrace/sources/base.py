@@ -41,7 +41,8 @@ def is_version_name(name: str) -> bool:
 class Source(ABC):
     """Raises ConfigError or OSError from `list` when it cannot say what it has, which never unloads anything."""
 
-    uri: str
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
 
     @abstractmethod
     async def list(self) -> Listing:

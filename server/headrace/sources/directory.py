@@ -21,7 +21,7 @@ class DirectorySource(Source):
     """Reads the file system in a thread, and keeps nothing but which odd names it has already warned of."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
+        super().__init__(uri)
         self._root = Path(uri.removeprefix("file://")).expanduser()
         self._warned: set[Path] = set()
 
