@@ -1,7 +1,8 @@
 """Who waits, in which order, and who runs next. Pure: no clock, no thread, no I/O; the batcher drives it under its lock.
 
-Theory of operation. Tickets of equal key can share a batch, so there is one lane a key, each ordered by (priority, expiry,
-arrival). Most traffic has one priority and one timeout, so a new ticket nearly always belongs at the end of its lane: an
+Theory of operation. Tickets of equal key can share a batch, so there is one lane a key, each ordered by (priority, due time,
+arrival). Due is when a ticket expires, but no later than PATIENCE after it came: by expiry alone, one client without a deadline
+would wait for ever beside others who have one and keep the model busy. Most traffic has one priority and one timeout, so a new ticket nearly always belongs at the end of its lane: an
 append; only the others pay for a binary search. A batch is a prefix of the lane whose head is the most urgent of all heads.
 Rules for changing this file: rows are what is bounded and batched, never requests; a ticket leaves in exactly one of `take`,
 `remove`, `expire` and `clear`, and the random walks in tests/unit/batching hold that.
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from headrace.requests import Ticket
 
 NEVER = float("inf")
+PATIENCE = 1.0
+"""Seconds after which a ticket has waited long enough to run before newer ones that expire soon."""
 _Entry = tuple[int, float, int, Ticket]
 
 
@@ -52,7 +55,7 @@ class BatchQueue:
 
     def push(self, ticket: Ticket) -> None:
         sequence = next(self._sequence)
-        entry = (ticket.priority, ticket.expires, sequence, ticket)
+        entry = (ticket.priority, _due(ticket), sequence, ticket)
         lane = self._lanes.get(ticket.key)
         if lane is None:
             self._lanes[ticket.key] = [entry]
@@ -104,7 +107,7 @@ class BatchQueue:
         if lane is None or ticket.is_taken or ticket.is_settled:
             return False
         # By identity: an entry's sequence number is unique but not known to the ticket.
-        start = bisect.bisect_left(lane, (ticket.priority, ticket.expires))
+        start = bisect.bisect_left(lane, (ticket.priority, _due(ticket)))
         for index in range(start, len(lane)):
             if lane[index][3] is ticket:
                 del lane[index]
@@ -156,3 +159,7 @@ class BatchQueue:
             rows += more
             count += 1
         return count, rows
+
+
+def _due(ticket: Ticket) -> float:
+    return min(ticket.expires, ticket.enqueued + PATIENCE)

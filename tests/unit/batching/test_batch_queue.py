@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from headrace.batching.batch_queue import NEVER, BatchQueue
+from headrace.batching.batch_queue import NEVER, PATIENCE, BatchQueue
 from headrace.requests import Answer, Outlet, Reply, Ticket
 
 
@@ -43,9 +43,25 @@ def test_a_request_that_does_not_fit_waits_for_the_next_batch_and_is_not_overtak
 
 def test_priority_comes_before_deadline_and_deadline_before_arrival() -> None:
     queue = BatchQueue(max_batch_rows=1)
-    late, soon, urgent, never = ticket(expires=9), ticket(expires=5), ticket(priority=-1, expires=20), ticket()
+    late, soon, urgent, never = ticket(expires=0.9), ticket(expires=0.5), ticket(priority=-1, expires=20), ticket()
     push_all(queue, never, late, soon, urgent)
     assert [queue.take()[0] for _ in range(4)] == [urgent, soon, late, never]
+
+
+@pytest.mark.parametrize("deadline", [0.3, 30.0])
+def test_a_request_without_deadline_does_not_starve_beside_others_that_have_one(deadline: float) -> None:
+    queue = BatchQueue(max_batch_rows=1)
+    patient = ticket()
+    queue.push(patient)
+    for step in range(1, 200):
+        now = step * 0.01
+        other = ticket(expires=now + deadline)
+        other.enqueued = now
+        queue.push(other)
+        if queue.take() == [patient]:
+            break
+    assert patient.is_taken
+    assert now <= PATIENCE
 
 
 def test_different_keys_never_share_a_batch() -> None:
@@ -116,6 +132,7 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
         if action < 0.5:
             expires = now + rng.random() * 8 if rng.random() < 0.4 else NEVER
             new = ticket(rng.randint(1, 4), rng.choice("xyz"), rng.randint(0, 2), expires)
+            new.enqueued = now
             queue.push(new)
             waiting.append(new)
         elif action < 0.65 and waiting:
@@ -132,8 +149,8 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
             batch = queue.take()
             assert bool(batch) == bool(waiting)
             if batch:
-                most_urgent = min((t.priority, t.expires) for t in waiting)
-                assert (batch[0].priority, batch[0].expires) == most_urgent
+                urgency = [(t.priority, min(t.expires, t.enqueued + PATIENCE)) for t in waiting]
+                assert urgency[waiting.index(batch[0])] == min(urgency)
                 assert len({t.key for t in batch}) == 1
                 assert len(batch) == 1 or sum(t.rows for t in batch) <= queue._max_batch_rows
             waiting = [t for t in waiting if t not in batch]
