@@ -2,8 +2,9 @@
 
 Theory of operation. Tickets of equal key can share a batch, so there is one lane a key, each ordered by (priority, due time,
 arrival). Due is when a ticket expires, but no later than PATIENCE after it came: by expiry alone, one client without a deadline
-would wait for ever beside others who have one and keep the model busy. Most traffic has one priority and one timeout, so a new ticket nearly always belongs at the end of its lane: an
-append; only the others pay for a binary search. A batch is a prefix of the lane whose head is the most urgent of all heads.
+would wait for ever beside others who have one and keep the model busy. Most traffic has one priority and one timeout, so a new
+ticket nearly always belongs at the end of its lane: an append; only the others pay for a binary search. A batch is a prefix of
+the lane whose head is the most urgent of all heads.
 Rules for changing this file: rows are what is bounded and batched, never requests; a ticket leaves in exactly one of `take`,
 `remove`, `expire` and `clear`, and the random walks in tests/unit/batching hold that.
 """

@@ -156,7 +156,9 @@ class Batcher:
             return NEVER
         if not self._delay or not self._is_open or self._queue.is_batch_full():
             return 0.0
-        return self._queue.oldest_enqueued() + self._delay
+        ready_at = self._queue.oldest_enqueued() + self._delay
+        # Nobody is left to expire beside an idle instance.
+        return 0.0 if self._queue.next_expiry() <= ready_at else ready_at
 
     def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
         """Deliver a taken batch's answers, one hop per outlet, and give the leases back."""

@@ -115,6 +115,13 @@ def test_max_queue_delay_holds_a_batch_until_it_is_full_or_old_enough() -> None:
     assert len(world.batcher.take(instance)[0]) == 1
 
 
+def test_a_request_that_would_expire_within_the_queue_delay_runs_at_once() -> None:
+    world = World(batch_limit=8, max_queue_delay=0.5)
+    world.submit("patient")
+    world.submit("hurried", expires=0.1)
+    assert len(world.batcher.take(FakeInstance())[0]) == 2
+
+
 def test_a_second_idle_instance_is_woken_when_one_batch_does_not_hold_all() -> None:
     world = World(batch_limit=1)
     first, second = FakeInstance(), FakeInstance()
