@@ -49,17 +49,13 @@ ADAPTERS = ("headrace.backends.onnxruntime", "headrace.sources.directory")
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
-    """Modules imported when this one is: not those inside functions or under TYPE_CHECKING."""
-    for node in ast.iter_child_nodes(tree):
+    """Also those inside functions and for type checkers: a dependency is one wherever it is written."""
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide the layer"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
-        elif isinstance(node, (ast.If, ast.Try, ast.ClassDef)) and "TYPE_CHECKING" not in ast.dump(
-            node.test if isinstance(node, ast.If) else ast.Pass()
-        ):
-            yield from imports_of(node)
 
 
 def layer_of(module: str) -> int | None:
@@ -97,8 +93,9 @@ MODULES = {
 
 @pytest.mark.parametrize("module", MODULES)
 def test_imports_go_down_only(module: str) -> None:
-    assert module == "headrace" or layer_of(module) is not None or module.count(".") == 1, f"{module} is in no layer"
-    assert violations(module, MODULES[module].read_text(encoding="utf-8")) == []
+    path = MODULES[module]
+    assert layer_of(module) is not None or path.name == "__init__.py", f"{module} is in no layer: say in LAYERS where it belongs"
+    assert violations(module, path.read_text(encoding="utf-8")) == []
 
 
 @pytest.mark.parametrize(
@@ -106,6 +103,8 @@ def test_imports_go_down_only(module: str) -> None:
     [
         ("headrace.errors", "from headrace.app import Server", "above"),
         ("headrace.batching.batch_queue", "import threading", "pure"),
+        ("headrace.batching.batch_queue", "def now():\n    import time\n    return time.monotonic()", "pure"),
+        ("headrace.config", "if TYPE_CHECKING:\n    from headrace.lifecycle.manager import ModelManager", "above"),
         ("headrace.wire.codec", "import asyncio", "pure"),
         ("headrace.lifecycle.manager", "import grpc", "only headrace.rpc"),
         ("headrace.lifecycle.version", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "only entry points"),
@@ -114,3 +113,8 @@ def test_imports_go_down_only(module: str) -> None:
 )
 def test_the_check_finds_what_it_is_for(module: str, source: str, text: str) -> None:
     assert any(text in violation for violation in violations(module, source))
+
+
+@pytest.mark.parametrize("source", ["import headrace.errors", "from headrace import errors", "import numpy as np, math"])
+def test_the_check_lets_pass_what_is_below_or_elsewhere(source: str) -> None:
+    assert violations("headrace.batching.assemble", source) == []
