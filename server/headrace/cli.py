@@ -95,7 +95,8 @@ def _greet(server: Server) -> None:
     if server.http_address:
         print(f"  metrics   curl http://{server.http_address}/metrics")
         print(f"  health    curl http://{server.http_address}/readyz")
-    print(f"  client    python examples/client.py --url {address}\n  Ctrl-C finishes what is queued and stops.\n", flush=True)
+    # The interpreter that has us has the example's client library too, in the environment that make builds.
+    print(f"  client    {os.path.relpath(sys.executable)} examples/client.py --url {address}\n  Ctrl-C finishes what is queued and stops.\n", flush=True)
 
 
 def check_runtime() -> None:
