@@ -96,7 +96,8 @@ def _greet(server: Server) -> None:
         print(f"  metrics   curl http://{server.http_address}/metrics")
         print(f"  health    curl http://{server.http_address}/readyz")
     # The interpreter that has us has the example's client library too, in the environment that make builds.
-    print(f"  client    {os.path.relpath(sys.executable)} examples/client.py --url {address}\n  Ctrl-C finishes what is queued and stops.\n", flush=True)
+    print(f"  client    {os.path.relpath(sys.executable)} examples/client.py --url {address}")
+    print("  Ctrl-C finishes what is queued and stops.\n", flush=True)
 
 
 def check_runtime() -> None:

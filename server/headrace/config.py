@@ -130,7 +130,7 @@ class ModelConfig:
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()
     version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
-    warmup_runs: int = _option(3, "Runs of every batch size before a version goes live. 0: none.", minimum=0)
+    warmup_runs: int = _option(3, "Rounds of runs before a version goes live, at every batch size that pays. 0: none.", minimum=0)
     signature_policy: str = _option(
         "off",
         "What a version without a valid signature of its manifest is: off: taken; warn: taken and logged; require: not loaded.",

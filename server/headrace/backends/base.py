@@ -1,8 +1,9 @@
 """The contract between a model version and whatever runs it.
 
 A Backend class is the adapter of one runtime; an instance of it is one loaded copy of a model on one device, with its own
-worker thread. `load`, `warm`, `execute` and `close` are called from that thread only, in that order, `execute` any number of
-times. Nothing here knows of requests, queues or wire formats: a backend sees arrays.
+worker thread. `load`, `warm` and `close` are called from that thread. So is `execute`, any number of times, but for tiny models on
+the CPU, which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
+formats: a backend sees arrays.
 """
 
 from __future__ import annotations
