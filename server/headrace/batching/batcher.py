@@ -14,7 +14,7 @@ from headrace.batching.batch_queue import NEVER, BatchQueue
 from headrace.config import BatchingConfig
 from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Answer, Outlet, Reply, Ticket
-from headrace.telemetry.counters import CounterShard, FailureReason
+from headrace.telemetry.counters import CounterShard, DispatchReason, FailureReason
 
 
 class Instance(Protocol):
@@ -136,12 +136,14 @@ class Batcher:
             helper: Instance | None = None
             expired = self._queue.expire(now)
             ready_at = self._ready_at()
+            is_full = ready_at <= now and self._queue.is_batch_full()
             tickets = self._queue.take() if ready_at <= now else []
             if not tickets:
                 # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
                 if instance not in self._idle:
                     self._idle.append(instance)
             else:
+                self._shard.record_dispatch(self._dispatch_reason(is_full))
                 if instance in self._idle:
                     self._idle.remove(instance)
                 if self._idle and self._queue.requests:
@@ -150,6 +152,11 @@ class Batcher:
         if helper is not None:
             helper.wake()
         return tickets, ready_at
+
+    def _dispatch_reason(self, is_full: bool) -> DispatchReason:
+        if is_full:
+            return DispatchReason.FULL
+        return DispatchReason.DELAY if self._delay else DispatchReason.IDLE
 
     def _ready_at(self) -> float:
         if not self._queue.requests:

@@ -50,12 +50,11 @@ class FailureReason(enum.IntEnum):
 
 
 class DispatchReason(enum.IntEnum):
-    """Why a batch was started when it was: full, an instance was free, the queue delay was over, or a deadline was near."""
+    """Why a batch was started when it was: no more fitted in, an instance was free, or the queue delay was over."""
 
     FULL = 0
     IDLE = 1
     DELAY = 2
-    DEADLINE = 3
 
 
 class Stage(enum.IntEnum):
@@ -71,10 +70,10 @@ class Stage(enum.IntEnum):
 class BatchTimes:
     """One executed batch; times are time.monotonic(), one `arrived` and one `enqueued` a request.
 
-    `padded_rows` is what ran: `rows` and the padding. `reason` is counted where it is given.
+    `padded_rows` is what ran: `rows` and the padding.
     """
 
-    __slots__ = ("arrived", "done", "enqueued", "input_done", "output_start", "padded_rows", "reason", "rows", "taken")
+    __slots__ = ("arrived", "done", "enqueued", "input_done", "output_start", "padded_rows", "rows", "taken")
 
     def __init__(
         self,
@@ -87,7 +86,6 @@ class BatchTimes:
         input_done: float,
         output_start: float,
         done: float,
-        reason: DispatchReason | None = None,
     ) -> None:
         self.rows = rows
         self.padded_rows = padded_rows
@@ -97,7 +95,6 @@ class BatchTimes:
         self.input_done = input_done
         self.output_start = output_start
         self.done = done
-        self.reason = reason
 
     def __repr__(self) -> str:
         return f"BatchTimes({len(self.arrived)} requests, {self.rows}/{self.padded_rows} rows, {self.done - self.taken:.6f} s)"
@@ -162,10 +159,12 @@ class CounterShard:
         size[3] += compute_output
         size[0] += 1
         self.padding += times.padded_rows - times.rows
-        if times.reason is not None:
-            self.dispatches[times.reason] += 1
         self.last_inference = self.wall_clock()
         self.success += requests
+
+    def record_dispatch(self, reason: DispatchReason) -> None:
+        """Count a batch that was handed to an instance."""
+        self.dispatches[reason] += 1
 
     def record_failure(self, reason: FailureReason, count: int = 1, seconds: float = 0.0) -> None:
         """Count `count` requests that failed, which together took `seconds`. They touch no other number (Triton's rule)."""

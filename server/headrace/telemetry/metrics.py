@@ -111,7 +111,7 @@ class VersionFamilies:
         for reason, outcome in _OUTCOMES.items():
             self._requests.add(f'{labels},outcome="{outcome}"', counts.failures[reason])
             self._failures.add(f'{labels},reason="{reason.name}"', counts.failures[reason])
-        for dispatch in DispatchReason if any(counts.dispatches) else ():
+        for dispatch in DispatchReason:
             self._dispatches.add(f'{labels},reason="{dispatch.name.lower()}"', counts.dispatches[dispatch])
 
     def lines(self, is_openmetrics: bool) -> list[str]:

@@ -113,6 +113,7 @@ def test_max_queue_delay_holds_a_batch_until_it_is_full_or_old_enough() -> None:
     world.submit("c")
     world.advance(0.5)
     assert len(world.batcher.take(instance)[0]) == 1
+    assert world.counters.snapshot().dispatches == (1, 0, 1)
 
 
 def test_a_request_that_would_expire_within_the_queue_delay_runs_at_once() -> None:

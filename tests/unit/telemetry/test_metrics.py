@@ -6,7 +6,7 @@ import math
 import pytest
 from fake_models import FakeVersion
 from headrace.lifecycle.state import VersionState
-from headrace.telemetry.counters import DURATION_EDGES, BatchTimes, DispatchReason, FailureReason
+from headrace.telemetry.counters import DURATION_EDGES, DispatchReason, FailureReason
 from headrace.telemetry.metrics import MetricsRegistry, make_registry
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -127,11 +127,7 @@ async def test_requests_are_counted_by_outcome() -> None:
 
 async def test_why_batches_were_dispatched() -> None:
     version = FakeVersion("m")
-    times = BatchTimes(
-        rows=1, padded_rows=1, arrived=[0.0], enqueued=[0.0], taken=0.0, input_done=0.0, output_start=0.0, done=0.0,
-        reason=DispatchReason.IDLE,
-    )  # fmt: skip
-    version.counters.shard().record_batch(times)
+    version.counters.shard().record_dispatch(DispatchReason.IDLE)
     series = await scrape(version)
     assert series[key("headrace_dispatches_total", reason="idle")] == 1
     assert series[key("headrace_dispatches_total", reason="full")] == 0
