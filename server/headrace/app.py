@@ -32,6 +32,10 @@ from headrace.telemetry.metrics import make_registry
 log = get_logger(__name__)
 
 
+SAME_SIGNAL = 0.5
+"""Seconds within which a second signal is the first one again: timeout(1) and some supervisors send it to the process and to its group."""
+
+
 class LoopTimer:
     """A batching.batcher.Timer on an event loop, callable from any thread. Owns one pending callback.
 
@@ -175,17 +179,22 @@ class Server:
 
 
 async def serve(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM; a second signal ends the process at once with status 1."""
+    """Serve until SIGINT or SIGTERM; a second signal, later than SAME_SIGNAL, ends the process at once with status 1."""
     loop = asyncio.get_running_loop()
     stopping = asyncio.Event()
+    asked_at = 0.0
 
     def on_signal() -> None:
+        nonlocal asked_at
         if stopping.is_set():
+            if time.monotonic() - asked_at < SAME_SIGNAL:
+                return
             log.warning("shutdown forced")
             sys.stderr.flush()
             # Not sys.exit: worker threads may be inside a model for minutes, and the operator has asked twice.
             os._exit(1)
         log.info("server stopping", grace=config.shutdown_grace)
+        asked_at = time.monotonic()
         stopping.set()
 
     for number in (signal.SIGINT, signal.SIGTERM):

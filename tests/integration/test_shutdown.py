@@ -62,8 +62,8 @@ def slow_input() -> list[triton.InferInput]:
     return [tensor]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_what_was_admitted_and_exits_0(server: ServerProcess, number: signal.Signals) -> None:
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM, signal.SIGTERM]])
+def test_a_signal_finishes_what_was_admitted_and_exits_0(server: ServerProcess, numbers: list[signal.Signals]) -> None:
     address = server.wait_for("server listening")["grpc"][0]
     server.wait_for("server ready")
     with triton.InferenceServerClient(address) as client:
@@ -80,13 +80,36 @@ def test_a_signal_finishes_what_was_admitted_and_exits_0(server: ServerProcess, 
             client.async_infer("slow", slow_input(), keep)
         # So the four are with the server once a fifth has been answered.
         assert client.is_server_live()
-        server.process.send_signal(number)
+        for number in numbers:
+            server.process.send_signal(number)
         for _ in range(4):
             assert done.acquire(timeout=20)
     assert [str(result) for result in results if not isinstance(result, triton.InferResult)] == []
     assert server.finish() == 0
     assert server.events[-1]["event"] == "server stopped"
     assert not [event for event in server.events if event["level"] in ("error", "warning")]
+
+
+def test_a_second_signal_some_time_later_ends_the_process_at_once(repository: Path) -> None:
+    onnx_models.save(onnx_models.slow(5_000_000), repository / "endless" / "1")
+    (repository / "endless" / "model.toml").write_text("warmup_runs = 0")
+    server = ServerProcess(repository)
+    try:
+        address = server.wait_for("server listening")["grpc"][0]
+        server.wait_for("server ready")
+        with triton.InferenceServerClient(address) as client:
+            assert client.is_server_live()
+            client.async_infer("endless", slow_input(), lambda result, error: None)
+            assert client.is_server_live()
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for("server stopping")
+            while server.process.poll() is None:
+                server.process.send_signal(signal.SIGTERM)
+        assert server.process.returncode == 1
+    finally:
+        server.process.kill()
+        server.process.wait()
+        server._stderr.close()
 
 
 def test_a_repository_that_is_not_there_is_wrong_use_in_one_line(tmp_path: Path) -> None:
