@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_models
 import pytest
-from headrace.app import LoopSchedule, LoopTimer
+from headrace.batching.event_loop import LoopSchedule, LoopTimer
 from headrace.errors import ConfigError
 from headrace.testing import serve_in_process
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("headrace.sources.verification",),
     ("headrace.backends.onnxruntime", "headrace.plugins", "headrace.sources.directory", "headrace.lifecycle.effective"),
-    ("headrace.lifecycle.view", "headrace.lifecycle.admission", "headrace.batching.batcher", "headrace.sources.publish"),
+    ("headrace.lifecycle.view", "headrace.lifecycle.admission", "headrace.batching.batcher", "headrace.batching.event_loop", "headrace.sources.publish"),
     ("headrace.backends.worker", "headrace.lifecycle.warm_up", "headrace.lifecycle.version", "headrace.lifecycle.manager"),
     ("headrace.telemetry", "headrace.rpc", "headrace.http"),
     ("headrace.app",),
