@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, ServerConfig, TensorConfig
+from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
 from headrace.config_loading import option_keys
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -31,10 +31,17 @@ MODEL = """
 both at once is an error. What a model is served with, and where each value came from: `headrace check <repository>`.
 """
 
+LABELS = """
+### [labels]
+
+Version by label, such as `stable = 3`. Requests may name a label as their version. A label moves only to a version that is live.
+"""
+
 
 def render() -> str:
     parts = [HEAD, table(ServerConfig), MODEL, table(ModelConfig), table(BatchingConfig)]
     parts += ["\n### [instances]\n", table(InstanceConfig), "\n### [[input]] and [[output]]\n", table(TensorConfig)]
+    parts += ["\n### [rollout]\n", table(RolloutConfig), LABELS]
     return "\n".join(parts)
 
 

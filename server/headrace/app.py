@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import signal
@@ -71,23 +72,25 @@ class Server:
         wanted: list[WantedVersion] = []
         errors: dict[str, str] = {}
         for uri in self.config.models:
+            source = open_source(uri, self.config.sources)
             try:
-                listing = await open_source(uri).list()
+                listing = await source.list()
             except OSError as error:
                 raise ConfigError(f"model repository {uri!r} cannot be read: {error.strerror}") from None
             errors.update(listing.errors)
             for model in listing.models.values():
                 taken = [want for want in wanted if want.model == model.name]
                 if taken:
-                    raise ConfigError(
-                        f"model '{model.name}' is in two repositories: {taken[0].model_directory} and {model.directory}; expected one"
-                    )
-                numbers = select_versions(list(model.versions), model.version_policy)
+                    raise ConfigError(f"model '{model.name}' is in two repositories: {taken[0].source} and {uri}; expected one")
+                policy = model.config.version_policy
+                numbers = select_versions(list(model.versions), policy)
                 if not numbers:
                     there = ", ".join(map(str, sorted(model.versions)))
-                    errors[model.name] = f"version_policy '{model.version_policy}' selects none of its versions: {there}"
+                    errors[model.name] = f"version_policy '{policy}' selects none of its versions: {there}"
                 for number in numbers:
-                    wanted.append(WantedVersion(model.name, number, model.directory, model.versions[number].directory))
+                    ref = model.versions[number]
+                    fetch = functools.partial(source.fetch, model, number)
+                    wanted.append(WantedVersion(model.name, number, ref.token, model.config, fetch, ref.location, uri))
         await self.models.load_all(wanted, errors)
         log.info("server ready" if self.models.is_ready else "server not ready", models=len({want.model for want in wanted}))
 

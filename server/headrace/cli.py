@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace import __version__
-from headrace.config import ServerConfig
+from headrace.config import ServerConfig, SourceConfig
 from headrace.config_loading import ENVIRONMENT_PREFIX, load_server_config, option_keys
 from headrace.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
     from headrace.app import Server
     from headrace.lifecycle.effective import EffectiveModel
+    from headrace.sources.base import Listing
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
@@ -53,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_publish(publish: argparse.ArgumentParser) -> None:
     publish.add_argument("artifact", type=Path, metavar="MODEL", help="a model file, or the directory of a version's files")
-    publish.add_argument("--to", required=True, metavar="DIR", help="the repository: a directory of models")
+    publish.add_argument("--to", required=True, metavar="URI", help="the repository: a directory of models, or s3://bucket/prefix")
     publish.add_argument("--name", required=True, help="the model's name")
     publish.add_argument("--version", type=int, metavar="N", help="left out: one more than the highest there")
     publish.add_argument("--metadata", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="kept in manifest.json")
@@ -135,18 +136,24 @@ def _check(options: argparse.Namespace) -> int:
     from headrace.sources.verification import verify_version
 
     check_runtime()
-    listing = asyncio.run(open_source(str(options.repository)).list())
+
+    async def read() -> Listing:
+        return await open_source(str(options.repository), SourceConfig()).list()
+
+    listing = asyncio.run(read())
     backends = load_backends()
     results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
     for model in listing.models.values():
-        numbers = select_versions(list(model.versions), model.version_policy)
+        policy = model.config.version_policy
+        numbers = select_versions(list(model.versions), policy)
         if not numbers:
             there = ", ".join(map(str, sorted(model.versions)))
-            results.append({"model": model.name, "error": f"version_policy '{model.version_policy}' selects none of its versions: {there}"})
+            results.append({"model": model.name, "error": f"version_policy '{policy}' selects none of its versions: {there}"})
         for number in numbers:
             try:
-                verify_version(model.directory, model.versions[number].directory)
-                effective = resolve_model(model.directory, model.versions[number].directory, backends)
+                directory = Path(model.versions[number].location)
+                verify_version(model.config, directory.parent, directory)
+                effective = resolve_model(model.config, directory.parent, directory, backends)
                 results.append({"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)})
             except HeadraceError as error:
                 results.append({"model": model.name, "version": number, "error": str(error)})
@@ -189,14 +196,14 @@ def _format_result(result: dict[str, Any]) -> str:
 
 
 def _publish(options: argparse.Namespace) -> int:
-    from headrace.plugins import load_backends
+    from headrace.plugins import load_backends, open_destination
     from headrace.sources.publish import Order, publish
 
     metadata = dict(_read_pair(text) for text in options.metadata)
-    order = Order(options.artifact, options.to, options.name, options.version, metadata, options.sign)
+    order = Order(options.artifact, options.name, options.version, metadata, options.sign)
     check_runtime()
     try:
-        published = publish(order, load_backends())
+        published = publish(order, open_destination(options.to, SourceConfig()), load_backends())
     except ConfigError:
         raise
     except HeadraceError as error:

@@ -6,6 +6,8 @@ flags and environment variables carry the unit in the key (`max_queue_delay_ms`)
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +23,14 @@ def _option(
     """A field with what its documentation, environment variable and flag are made from. `scale`: file value times scale = ours."""
     metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum}
     return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, slots=True)
+class SourceConfig:
+    """What sources that are not on this machine's disk need. `cache_directory` empty: see sources/cache.py."""
+
+    cache_directory: str = ""
+    cache_bytes: int = 20 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +54,12 @@ class ServerConfig:
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")
     load_threads: int = _option(2, "Versions that load at the same time.", minimum=1)
+    cache_directory: str = _option("", "Where versions from object stores and registries are kept; empty: headrace below the user's cache.")
+    cache_bytes: int = _option(20 << 30, "Size of that cache; what no loaded version uses is deleted, the longest unused first.", minimum=0)
+
+    @property
+    def sources(self) -> SourceConfig:
+        return SourceConfig(self.cache_directory, self.cache_bytes)
 
     def __post_init__(self) -> None:
         for listener in self.grpc:
@@ -119,6 +135,43 @@ class TensorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutConfig:
+    """How a new version takes over while an older one serves. Rates are fractions of requests."""
+
+    mode: str = _option(
+        "direct",
+        "direct: the new version takes over once it is warm. probation: it takes over, and the old one stays warm until the probation "
+        "is passed. canary: it gets a part of the requests first. shadow: it gets copies of requests, and its answers are compared.",
+        choices=("direct", "probation", "canary", "shadow"),
+    )
+    percent: float = _option(
+        10.0, "Of the requests that name no version: those that a canary answers, or a shadow gets a copy of.", minimum=0
+    )
+    probation: float = _option(300.0, "How long a version is watched before it may be promoted.", key="probation_s", minimum=0)
+    min_requests: int = _option(100, "Requests that it must have answered (a shadow: compared) as well.", minimum=1)
+    promote: str = _option("auto", "When the probation is passed: auto promotes, manual waits for `headrace models promote`.",
+        choices=("auto", "manual"),
+    )  # fmt: skip
+    max_error_rate: float = _option(0.01, "Rolled back when errors exceed the old version's rate by more.", minimum=0)
+    max_latency_ratio: float = _option(
+        1.5, "Rolled back when batches take longer than that times the old version's. 0: not watched.", minimum=0
+    )
+    max_nonfinite_rate: float = _option(
+        0.0, "Rolled back when answers with NaN or infinity exceed the old version's rate by more.", minimum=0
+    )
+    max_disagreement: float = _option(
+        0.0, "Shadow: rolled back when more of its answers than that differ from the old version's. 0: not watched.", minimum=0
+    )
+    tolerance: float = _option(
+        0.05, "Shadow: outputs differ when they are off by more than that times 1 + |old|, or rank another class first.", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        if self.percent > 100:
+            raise ConfigError(f"[rollout] percent: expected at most 100, got {self.percent:g}")
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """model.toml, or what of a config.pbtxt it corresponds to. `provenance`: dotted key -> the file that set it."""
 
@@ -130,6 +183,14 @@ class ModelConfig:
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()
     version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
+    labels: Mapping[str, int] = field(default_factory=dict)
+    swap_policy: str = _option(
+        "auto",
+        "availability: the new version is loaded before the old one is unloaded; resource: the other way round; auto: resource where "
+        "memory does not suffice for both.",
+        choices=("auto", "availability", "resource"),
+    )
+    rollout: RolloutConfig = RolloutConfig()
     warmup_runs: int = _option(3, "Rounds of runs before a version goes live, at every batch size that pays. 0: none.", minimum=0)
     signature_policy: str = _option(
         "off",
@@ -144,3 +205,10 @@ class ModelConfig:
     def __post_init__(self) -> None:
         if self.signature_policy != "off" and not self.signature_key:
             raise ConfigError(f"{self.name}/model.toml: signature_policy '{self.signature_policy}': expected signature_key beside it")
+
+    def serving_digest(self) -> str:
+        """Equal for configurations under which a version is loaded and runs alike; how versions follow each other is not in it."""
+        serving = dataclasses.replace(
+            self, version_policy="", labels={}, swap_policy="auto", rollout=RolloutConfig(), notes=(), provenance={}
+        )
+        return hashlib.sha256(repr(serving).encode()).hexdigest()[:16]

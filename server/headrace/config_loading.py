@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, ServerConfig, TensorConfig
+from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
 from headrace.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
@@ -54,14 +54,18 @@ def load_model_toml(path: Path, name: str) -> ModelConfig:
     instances = _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]")
     inputs = tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where))
     outputs = tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where))
+    labels = read_labels(_pop_table(table, "labels", where), f"{where} [labels]")
+    rollout = _read_section(RolloutConfig, _pop_table(table, "rollout", where), f"{where} [rollout]")
     flat = {**option_keys(ModelConfig), **option_keys(BatchingConfig)}
-    _check_known(table, [*flat, "instances", "input", "output"], where)
+    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout"], where)
     batching = {key: table[key] for key in table if key in option_keys(BatchingConfig)}
     model = {key: table[key] for key in table if key not in batching}
     return ModelConfig(
         name,
         batching=_build_batching(_read_section(BatchingConfig, batching, where), where),
         instances=InstanceConfig(**instances),
+        labels=labels,
+        rollout=_build_rollout(rollout, where),
         inputs=inputs,
         outputs=outputs,
         provenance=origins,
@@ -79,6 +83,27 @@ def _build_batching(values: Mapping[str, Any], where: str) -> BatchingConfig:
         return BatchingConfig(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
+
+
+def _build_rollout(values: Mapping[str, Any], where: str) -> RolloutConfig:
+    try:
+        return RolloutConfig(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
+
+
+LABEL = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}")
+"""Begins with a letter, so that no label is a version number."""
+
+
+def read_labels(table: Mapping[str, Any], where: str) -> dict[str, int]:
+    """Raises ConfigError for a label that is none, or a version that is no number."""
+    for label, version in table.items():
+        if not LABEL.fullmatch(label):
+            raise ConfigError(f"{where}: expected a label of letters, digits, '_', '.' and '-' that begins with a letter, got {label!r}")
+        if type(version) is not int or version < 0:
+            raise ConfigError(f"{where}: {label}: expected a version number, got {version!r}")
+    return dict(table)
 
 
 def _read_tensor(table: Mapping[str, Any], where: str) -> TensorConfig:
@@ -143,7 +168,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 
 def _owner(field: dataclasses.Field[Any]) -> type[Any]:
-    sections = (ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, ModelConfig)
+    sections = (ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, RolloutConfig, ModelConfig)
     return next(section for section in sections if field in dataclasses.fields(section))
 
 

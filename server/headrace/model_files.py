@@ -10,6 +10,8 @@ from headrace.config_loading import load_model_toml
 from headrace.errors import ConfigError
 from headrace.wire.config_pbtxt import parse_config_pbtxt
 
+CONFIG_FILES = ("model.toml", "config.pbtxt")
+
 
 def model_name(directory: Path) -> str:
     """The directory's own name, also where that is a symbolic link to a differently named one, or was given as '.'."""

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import entry_points
 from typing import TypeVar
 
 from headrace.backends.base import Backend
+from headrace.config import SourceConfig
 from headrace.errors import ConfigError
-from headrace.sources.base import Source
+from headrace.sources.base import Destination, Source
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 BACKENDS = "headrace.backends"
 SOURCES = "headrace.sources"
+DESTINATIONS = "headrace.destinations"
 
 Plugin = TypeVar("Plugin")
 
@@ -21,14 +24,26 @@ def load_backends() -> dict[str, type[Backend]]:
     return load_plugins(BACKENDS, Backend)  # type: ignore[type-abstract]  # it is asked for subclasses
 
 
-def open_source(uri: str) -> Source:
+def open_source(uri: str, config: SourceConfig) -> Source:
     """The source that a --models URI names by its scheme; a plain path is a directory. Raises ConfigError for an unknown scheme."""
-    scheme, separator, _ = uri.partition("://")
-    name = scheme if separator else "file"
     sources = load_plugins(SOURCES, Source)  # type: ignore[type-abstract]  # it is asked for subclasses
-    if name not in sources:
-        raise ConfigError(f"models: {uri!r}: unknown scheme '{name}'; expected a directory or one of {', '.join(sorted(sources))}")
-    return sources[name](uri)
+    return sources[_scheme("models", uri, sources)](uri, config)
+
+
+def open_destination(uri: str, config: SourceConfig) -> Destination:
+    """Where --to points, likewise. Raises ConfigError also for a source that cannot be published to."""
+    destinations = load_plugins(DESTINATIONS, Destination)  # type: ignore[type-abstract]  # it is asked for subclasses
+    return destinations[_scheme("--to", uri, destinations)](uri, config)
+
+
+def _scheme(option: str, uri: str, known: Mapping[str, object]) -> str:
+    """`s3://…` and `mlflow:…` are told from paths with a colon by what is known; `://` is never a path."""
+    scheme, separator, rest = uri.partition(":")
+    if not separator or (scheme not in known and not rest.startswith("//")):
+        return "file"
+    if scheme not in known:
+        raise ConfigError(f"{option}: {uri!r}: unknown scheme '{scheme}'; expected a directory or one of {', '.join(sorted(known))}")
+    return scheme
 
 
 def load_plugins(group: str, base: type[Plugin]) -> dict[str, type[Plugin]]:

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headrace.backends.base import Array, ArtifactSignature, Backend
-from headrace.config import InstanceConfig, ServerConfig
+from headrace.config import InstanceConfig, ServerConfig, SourceConfig
 from headrace.errors import HeadraceError
 from headrace.requests import Answer, Reply
 from headrace.signature import DataType, TensorSpec
-from headrace.sources.base import Listing, ModelRef, Source
+from headrace.sources.base import Fetched, Listing, ModelRef, Source
 
 Execute = Callable[[Mapping[str, Array]], list[Array]]
 
@@ -78,18 +78,27 @@ class FakeBackend(Backend):
 
 
 class FakeSource(Source):
-    """Offers what is put into `models`; raises `error` when one is set."""
+    """Offers what is put into `models`, whose locations are local directories; raises `error` when one is set."""
 
     def __init__(self, models: Mapping[str, ModelRef] | None = None) -> None:
-        super().__init__("fake://")
+        super().__init__("fake://", SourceConfig())
         self.models = dict(models or {})
         self.errors: dict[str, str] = {}
         self.error: Exception | None = None
+        self.changed = asyncio.Event()
 
     async def list(self) -> Listing:
         if self.error is not None:
             raise self.error
         return Listing(dict(self.models), dict(self.errors))
+
+    async def fetch(self, model: ModelRef, version: int) -> Fetched:
+        directory = Path(model.versions[version].location)
+        return Fetched(directory.parent, directory)
+
+    async def wait_for_change(self) -> None:
+        await self.changed.wait()
+        self.changed.clear()
 
 
 class CollectingOutlet:

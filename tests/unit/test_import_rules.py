@@ -22,8 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.latency",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
+        "headrace.lifecycle.rollout",
     ),
     (
+        "headrace.lifecycle.events",
         "headrace.backends.base",
         "headrace.model_files",
         "headrace.sources.base",
@@ -31,7 +33,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.signing",
     ),
     ("headrace.sources.verification",),
-    ("headrace.backends.onnxruntime", "headrace.plugins", "headrace.sources.directory", "headrace.lifecycle.effective"),
+    ("headrace.sources.cache",),
+    (
+        "headrace.backends.onnxruntime",
+        "headrace.plugins",
+        "headrace.sources.directory",
+        "headrace.sources.directory_destination",
+        "headrace.sources.object_store",
+        "headrace.sources.object_store_destination",
+        "headrace.sources.mlflow",
+        "headrace.sources.mlflow_destination",
+        "headrace.lifecycle.effective",
+    ),
     (
         "headrace.lifecycle.view",
         "headrace.lifecycle.admission",
@@ -48,10 +61,20 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy", "headrace.wire",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy",
+    "headrace.lifecycle.rollout", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
-ADAPTERS = ("headrace.backends.onnxruntime", "headrace.sources.directory")
+ADAPTERS = (
+    "headrace.backends.onnxruntime",
+    "headrace.sources.directory",
+    "headrace.sources.directory_destination",
+    "headrace.sources.object_store",
+    "headrace.sources.object_store_destination",
+    "headrace.sources.mlflow",
+    "headrace.sources.mlflow_destination",
+)
+"""Each is a runtime or a kind of place. Two that belong to the same one (its source and destination) may import each other."""
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -73,6 +96,10 @@ def belongs(module: str, names: tuple[str, ...]) -> bool:
     return any(module == name or module.startswith(name + ".") for name in names)
 
 
+def place_of(module: str) -> str:
+    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination")
+
+
 def violations(module: str, source: str) -> list[str]:
     found = []
     level = layer_of(module)
@@ -87,7 +114,7 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module} imports {root}, which only headrace.rpc may")
         if belongs(imported, ADAPTERS) and not belongs(module, ADAPTERS):
             found.append(f"{module} names the adapter {imported}, which only entry points may")
-        if belongs(module, ADAPTERS) and belongs(imported, ADAPTERS):
+        if belongs(module, ADAPTERS) and belongs(imported, ADAPTERS) and place_of(module) != place_of(imported):
             found.append(f"the adapter {module} imports the adapter {imported}")
     return found
 

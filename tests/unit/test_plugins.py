@@ -5,6 +5,7 @@ from importlib.metadata import EntryPoint, EntryPoints
 import pytest
 from headrace import plugins
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
+from headrace.config import SourceConfig
 from headrace.errors import ConfigError
 from headrace.sources.directory import DirectorySource
 from structlog.testing import CapturingLogger
@@ -32,8 +33,9 @@ def test_one_broken_backend_does_not_stop_the_others(monkeypatch: pytest.MonkeyP
     assert errors == [("error", "plugin not importable", "absent"), ("error", "plugin not usable", "function")]
 
 
-def test_a_models_uri_opens_the_source_of_its_scheme() -> None:
-    assert isinstance(plugins.open_source("some/folder"), DirectorySource)
-    assert isinstance(plugins.open_source("file://some/folder"), DirectorySource)
+async def test_a_models_uri_opens_the_source_of_its_scheme() -> None:
+    assert isinstance(plugins.open_source("some/folder", SourceConfig()), DirectorySource)
+    assert isinstance(plugins.open_source("file://some/folder", SourceConfig()), DirectorySource)
+    assert isinstance(plugins.open_source("folder:of models", SourceConfig()), DirectorySource)
     with pytest.raises(ConfigError, match="unknown scheme 'gopher'; expected a directory or one of file"):
-        plugins.open_source("gopher://models")
+        plugins.open_source("gopher://models", SourceConfig())

@@ -16,7 +16,7 @@ from headrace.backends.base import ArtifactSignature, BackendRegistry, select_fi
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.config_loading import option_keys
 from headrace.errors import ConfigError, LoadError
-from headrace.model_files import load_labels, load_model_config, model_name
+from headrace.model_files import load_labels
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 
 DEFAULT_MAX_BATCH_SIZE = 64
@@ -44,9 +44,8 @@ class EffectiveModel:
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def resolve_model(model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
-    """Read configuration and artifact of one version. Raises ConfigError or LoadError with what to change. Blocking."""
-    config = load_model_config(model_directory, model_name(model_directory))
+def resolve_model(config: ModelConfig, model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
+    """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking."""
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
     if backend is None:

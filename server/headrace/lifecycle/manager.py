@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
+from headrace.config import ModelConfig
 from headrace.errors import InvalidRequest, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.state import INDEX_STATES, VersionState
 from headrace.lifecycle.version import ModelVersion
 from headrace.lifecycle.view import IndexEntry
+from headrace.sources.base import Fetched
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
 
@@ -21,12 +22,15 @@ log = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WantedVersion:
-    """A version that a source wants served, already in a local directory."""
+    """A version that is to be served: what it is, and how to get it. `token` tells two contents of one number apart."""
 
     model: str
     version: int
-    model_directory: Path
-    directory: Path
+    token: str
+    config: ModelConfig
+    fetch: Callable[[], Awaitable[Fetched]]
+    location: str = ""
+    source: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,7 +172,7 @@ class ModelManager:
 
     async def _load(self, version: ModelVersion, want: WantedVersion) -> None:
         async with self._loads:
-            await version.load(want.model_directory, want.directory, self._backends)
+            await version.load(want.config, want.fetch, self._backends)
 
     def announce_stop(self) -> None:
         """Not ready from here on, so that balancers send no more; what comes in all the same is still served."""

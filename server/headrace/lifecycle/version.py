@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import inline_rows, worthwhile_batch
+from headrace.config import ModelConfig
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
@@ -23,6 +24,7 @@ from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
+from headrace.sources.base import Fetched
 from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
@@ -120,15 +122,16 @@ class ModelVersion:
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 
-    async def load(self, model_directory: Path, version_directory: Path, backends: BackendRegistry) -> None:
+    async def load(self, config: ModelConfig, fetch: Callable[[], Awaitable[Fetched]], backends: BackendRegistry) -> None:
         """From DISCOVERED to LIVE or FAILED; never raises for a fault of the artifact or its configuration."""
         began = time.monotonic()
         try:
             self.move(VersionState.FETCHING)
+            fetched = await fetch()
             self.move(VersionState.VERIFYING)
-            effective = await self._inspect(lambda: verify_and_resolve(model_directory, version_directory, backends))
+            effective = await self._inspect(lambda: verify_and_resolve(config, fetched, backends))
             self.move(VersionState.LOADING)
-            await self._load(effective, version_directory, backends[effective.backend])
+            await self._load(effective, fetched.version_directory, backends[effective.backend])
         except asyncio.CancelledError:
             self._abandon()
             raise
@@ -291,10 +294,10 @@ class ModelVersion:
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
 
 
-def verify_and_resolve(model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
+def verify_and_resolve(config: ModelConfig, fetched: Fetched, backends: BackendRegistry) -> EffectiveModel:
     """Nothing of the artifact is parsed before it is known to be what was published."""
-    verify_version(model_directory, version_directory)
-    return resolve_model(model_directory, version_directory, backends)
+    verify_version(config, fetched.model_directory, fetched.version_directory)
+    return resolve_model(config, fetched.model_directory, fetched.version_directory, backends)
 
 
 async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:

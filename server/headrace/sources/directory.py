@@ -5,28 +5,62 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from headrace.errors import ConfigError, HeadraceError
+from watchfiles import awatch
+
+from headrace.config import SourceConfig
+from headrace.errors import ConfigError, HeadraceError, LoadError
 from headrace.lifecycle.policy import select_versions
-from headrace.model_files import load_model_config, model_name
-from headrace.sources.base import Listing, ModelRef, Source, VersionRef, is_version_name
+from headrace.model_files import CONFIG_FILES, load_model_config, model_name
+from headrace.sources.base import Fetched, Listing, ModelRef, Source, VersionRef, is_version_name
+from headrace.sources.manifest import is_copied_whole
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 
+DEBOUNCE = 50
+"""Milliseconds in which changes are taken for one. A publication is one rename; a longer wait would only delay it."""
+
 
 class DirectorySource(Source):
-    """Reads the file system in a thread, and keeps nothing but which odd names it has already warned of."""
+    """Reads the file system in threads. Owns the watch on it, and which odd names it has already warned of."""
 
-    def __init__(self, uri: str) -> None:
-        super().__init__(uri)
+    def __init__(self, uri: str, config: SourceConfig) -> None:
+        super().__init__(uri, config)
         self._root = Path(uri.removeprefix("file://")).expanduser()
         self._warned: set[Path] = set()
+        self._changed = asyncio.Event()
+        self._watch: asyncio.Task[None] | None = None
 
     async def list(self) -> Listing:
         return await asyncio.to_thread(self._list)
+
+    async def fetch(self, model: ModelRef, version: int) -> Fetched:
+        directory = Path(model.versions[version].location)
+        if not await asyncio.to_thread(directory.is_dir):
+            raise LoadError(f"{model.name}/{version} is not there any more")
+        return Fetched(directory.parent, directory)
+
+    async def wait_for_change(self) -> None:
+        if self._watch is None:
+            self._watch = asyncio.create_task(self._follow(), name=f"watch {self.uri}")
+        await self._changed.wait()
+        self._changed.clear()
+
+    async def close(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
+            await asyncio.gather(self._watch, return_exceptions=True)
+
+    async def _follow(self) -> None:
+        """Sees neither what other machines change on a network file system nor, always, Kubernetes' link flips: polls find those."""
+        try:
+            async for _ in awatch(self._root, watch_filter=None, debounce=DEBOUNCE, step=DEBOUNCE, recursive=True):
+                self._changed.set()
+        except Exception as error:  # no common base; too many watches, a root that was deleted
+            log.warning("directory not watched", source=self.uri, reason=str(error), instead="polls")
 
     def _list(self) -> Listing:
         if not self._root.is_dir():
@@ -51,19 +85,21 @@ class DirectorySource(Source):
     def _read_model(self, name: str, directory: Path) -> ModelRef:
         config = load_model_config(directory, name)
         select_versions((), config.version_policy)  # a policy that cannot be read is this model's error, not the server's
-        beside = [child for child in directory.iterdir() if child.is_file() and not _is_hidden(child.name)]
+        children = [child for child in sorted(directory.iterdir()) if not _is_hidden(child.name)]
+        # What a version is served with is in its token too. Of the configuration only what concerns serving: moving a label in
+        # it must not load anything again.
+        beside = [child for child in children if child.is_file() and child.name not in CONFIG_FILES]
+        served_with = config.serving_digest()
         versions: dict[int, VersionRef] = {}
-        for child in sorted(directory.iterdir()):
-            if _is_hidden(child.name) or not child.is_dir():
-                continue
-            if is_version_name(child.name):
-                versions[int(child.name)] = VersionRef(child, _token(directory, [*beside, *child.rglob("*")]))
-            elif child not in self._warned and child.name not in ("configs", "warmup", "initial_state"):
+        for child in children:
+            if child.is_dir() and is_version_name(child.name):
+                versions[int(child.name)] = _read_version(child, beside, served_with)
+            elif child.is_dir() and child not in self._warned and child.name not in ("configs", "warmup", "initial_state"):
                 self._warned.add(child)
                 log.warning("directory ignored", model=name, directory=child.name, expected="a version number without leading zeros")
         if not versions:
             raise ConfigError(f"model '{name}' has no version: expected a directory such as {name}/1 with a model file in it")
-        return ModelRef(name, directory, versions, config.version_policy)
+        return ModelRef(name, config, versions)
 
 
 def _is_hidden(name: str) -> bool:
@@ -71,14 +107,21 @@ def _is_hidden(name: str) -> bool:
     return name.startswith((".", "_"))
 
 
-def _token(directory: Path, paths: Iterable[Path]) -> str:
-    """Changes when a file is added, removed, replaced or rewritten, those beside the versions (configuration, labels) included.
+def _read_version(directory: Path, beside: Sequence[Path], served_with: str) -> VersionRef:
+    """The token changes when a file is added, removed, replaced or rewritten, those beside the versions included.
 
-    Reads no content. Links are followed, so that Kubernetes' swap of ..data shows as another inode.
+    Reads no content but a manifest's. Links are followed, so that Kubernetes' swap of ..data shows as another inode.
     """
-    digest = hashlib.sha256()
-    for path in sorted(paths):
+    digest = hashlib.sha256(served_with.encode())
+    changed_at = 0.0
+    for path in [*beside, *_walk(directory)]:
         stat = path.stat()
-        name = os.fsencode(path.relative_to(directory))
+        name = os.fsencode(path.relative_to(directory.parent))
         digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())
-    return digest.hexdigest()[:16]
+        changed_at = max(changed_at, stat.st_ctime)
+    return VersionRef(digest.hexdigest()[:16], str(directory), is_copied_whole(directory), changed_at)
+
+
+def _walk(directory: Path) -> Iterator[Path]:
+    yield directory
+    yield from sorted(directory.rglob("*"))

@@ -218,6 +218,20 @@ def read_manifest(directory: Path) -> Manifest:
     return decode_manifest(read_small_file(directory, MANIFEST_NAME), f"{place_of(directory)}/{MANIFEST_NAME}")
 
 
+def is_copied_whole(directory: Path) -> bool:
+    """Whether there is a manifest and nothing of what it names is missing or shorter: a copy by rsync brings it before the rest.
+
+    Looks at sizes only. Everything else that can be wrong is for `verify_files` to say.
+    """
+    if not has_manifest(directory):
+        return False
+    try:
+        files = read_manifest(directory).files
+        return all((directory / path).lstat().st_size >= entry.size for path, entry in files.items())
+    except (LoadError, OSError):
+        return False
+
+
 def write_manifest(directory: Path, manifest: Manifest) -> bytes:
     """The bytes written, which are what a signature is made over. They are on disk when this returns."""
     raw = encode_manifest(manifest)

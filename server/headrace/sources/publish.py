@@ -1,12 +1,10 @@
 """`headrace publish`: a model becomes a version in a repository, whole or not at all. Blocking; used by the command line only.
 
-Everything happens in <repository>/<model>/.staging-…, a name that no source takes for a version, on the file system where the
-version will be. Only when every byte is on disk does one rename give it its number; until then a reader sees nothing of it.
+Staged and inspected in a local directory, .staging-…, a name that no source takes for a version; committed by the destination.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import secrets
@@ -20,10 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace.backends.base import BackendRegistry
+from headrace.config import ModelConfig
 from headrace.errors import AlreadyExists, ConfigError, LoadError
 from headrace.lifecycle.effective import resolve_model
 from headrace.model_files import load_model_config
-from headrace.sources.base import is_version_name
+from headrace.sources.base import Destination, is_version_name
 from headrace.sources.manifest import (
     CHUNK_BYTES,
     MANIFEST_NAME,
@@ -45,10 +44,9 @@ LARGEST_VERSION = 2**63 - 1
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to publish, and as what. `version` None: the next free one. `repository`: see `local_repository`."""
+    """What to publish, and as what. `version` None: the next free one."""
 
     artifact: Path
-    repository: str
     model: str
     version: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
@@ -63,7 +61,7 @@ class Order:
 @dataclass(frozen=True, slots=True)
 class Published:
     manifest: Manifest
-    directory: Path
+    location: str
     is_signed: bool
 
     def table(self) -> dict[str, Any]:
@@ -71,7 +69,7 @@ class Published:
         return {
             "model": self.manifest.model,
             "version": self.manifest.version,
-            "directory": str(self.directory),
+            "location": self.location,
             "files": {path: {"sha256": entry.sha256, "size": entry.size} for path, entry in self.manifest.files.items()},
             "signed": self.is_signed,
             "parent_version": self.manifest.parent_version,
@@ -82,34 +80,22 @@ class Published:
         count = len(self.manifest.files)
         files = f"{count} file{'s' if count > 1 else ''}, {self.manifest.size} bytes"
         name = f"{self.manifest.model}:{self.manifest.version}"
-        return f"published {name} to {self.directory}: {files}{', signed' if self.is_signed else ''}"
+        return f"published {name} to {self.location}: {files}{', signed' if self.is_signed else ''}"
 
 
-def publish(order: Order, backends: BackendRegistry) -> Published:
+def publish(order: Order, destination: Destination, backends: BackendRegistry) -> Published:
     """Raises ConfigError for a wrong order, LoadError for a model that cannot be served, AlreadyExists, and OSError.
 
     Whatever it raises, KeyboardInterrupt too, nothing of the attempt is left.
     """
     key = load_private_key(order.signing_key) if order.signing_key else None
-    repository = local_repository(order.repository)
-    with _directory_of(order.model, repository) as directory:
-        _refuse_existing(order, directory)
+    with destination.open_model(order.model) as directory:
+        _refuse_existing(order, destination)
         with _staging(directory) as staging:
-            files = copy_artifact(order, directory, staging, backends)
-            tensors = _inspect(order, directory, staging, backends)
-            return _give_number(order, directory, staging, files, tensors, key)
-
-
-def local_repository(uri: str) -> Path:
-    """Where --to points. Object stores will need a destination of their own here: they have no rename."""
-    if "://" in uri and not uri.startswith("file://"):
-        raise ConfigError(f"--to: expected a directory, got {uri!r}; object stores cannot be published to yet")
-    root = Path(uri.removeprefix("file://")).expanduser()
-    if root.exists() and not root.is_dir():
-        raise ConfigError(f"--to: expected a directory, {root} is a file")
-    if root.is_dir() and any(is_version_name(child.name) and child.is_dir() for child in root.iterdir()):
-        raise ConfigError(f"--to: expected a directory of models, {root} is a model itself: give the directory above it")
-    return root
+            config = load_model_config(directory, order.model)
+            files = copy_artifact(order, config, directory, staging, backends)
+            tensors = _inspect(order, config, directory, staging, backends)
+            return _give_number(order, destination, staging, files, tensors, key)
 
 
 def _check_model_name(name: str) -> None:
@@ -123,24 +109,6 @@ def _check_model_name(name: str) -> None:
 
 
 @contextmanager
-def _directory_of(model: str, repository: Path) -> Iterator[Path]:
-    """The model's directory, made where it is missing, and taken away again if nothing was put into it."""
-    directory = repository / model
-    made = [path for path in (repository, directory) if not path.is_dir()]
-    try:
-        for path in made:
-            path.mkdir()
-            _sync_directory(path.parent)
-        yield directory
-    finally:
-        for path in reversed(made):
-            try:
-                path.rmdir()
-            except OSError:
-                break  # the usual case: the version is in it
-
-
-@contextmanager
 def _staging(directory: Path) -> Iterator[Path]:
     """Not by tempfile, whose directories only their owner can read: the server may be another user."""
     path = directory / (STAGING_PREFIX + secrets.token_hex(8))
@@ -151,19 +119,15 @@ def _staging(directory: Path) -> Iterator[Path]:
         shutil.rmtree(path, ignore_errors=True)  # after the rename there is nothing of that name
 
 
-def _numbers(directory: Path) -> list[int]:
-    return sorted(int(child.name) for child in directory.iterdir() if is_version_name(child.name))
-
-
-def _refuse_existing(order: Order, directory: Path) -> None:
-    if order.version is not None and os.path.lexists(directory / str(order.version)):
-        raise AlreadyExists(f"{order.model}:{order.version} exists in {directory.parent}; a published version is never overwritten")
+def _refuse_existing(order: Order, destination: Destination) -> None:
+    if order.version is not None and order.version in destination.numbers(order.model):
+        raise AlreadyExists(f"{order.model}:{order.version} exists in {destination.uri}; a published version is never overwritten")
 
 
 # -- the copy ----------------------------------------------------------------------------------------------------------
 
 
-def copy_artifact(order: Order, directory: Path, staging: Path, backends: BackendRegistry) -> dict[str, FileEntry]:
+def copy_artifact(order: Order, config: ModelConfig, directory: Path, staging: Path, backends: BackendRegistry) -> dict[str, FileEntry]:
     """The files in `staging`, on disk, with the digests of what was copied."""
     source = order.artifact
     if source.is_dir():
@@ -173,7 +137,7 @@ def copy_artifact(order: Order, directory: Path, staging: Path, backends: Backen
         if not files:
             raise ConfigError(f"{source}: expected the files of a model, found none")
     elif source.exists():
-        files = {_name_in_version(order, directory, backends): source}
+        files = {_name_in_version(order, config, backends): source}
     else:
         raise ConfigError(f"{source}: expected a model file or a directory, found nothing")
     entries = {}
@@ -210,9 +174,8 @@ def _check_file_name(path: Path) -> None:
         raise ConfigError(f"{str(path)!a}: expected a file name in UTF-8") from None
 
 
-def _name_in_version(order: Order, directory: Path, backends: BackendRegistry) -> str:
+def _name_in_version(order: Order, config: ModelConfig, backends: BackendRegistry) -> str:
     """A single file gets the name under which the server looks for it."""
-    config = load_model_config(directory, order.model)
     if config.filename:
         return Path(config.filename).name
     known = {backend.default_filename for name, backend in backends.items() if config.backend in (None, name)}
@@ -236,10 +199,10 @@ def _copy_file(source: Path, target: Path) -> FileEntry:
     return FileEntry(digest.hexdigest(), size)
 
 
-def _inspect(order: Order, directory: Path, staging: Path, backends: BackendRegistry) -> ModelTensors:
+def _inspect(order: Order, config: ModelConfig, directory: Path, staging: Path, backends: BackendRegistry) -> ModelTensors:
     """As the server will see it, configuration included. Raises LoadError where it could not be served."""
     try:
-        signature = resolve_model(directory, staging, backends).signature
+        signature = resolve_model(config, directory, staging, backends).signature
     except (ConfigError, LoadError) as error:
         place = f"{order.model}/{staging.name}"
         reason = str(error).replace(place, "the new version").replace(staging.name + "/", "")
@@ -253,43 +216,27 @@ def _inspect(order: Order, directory: Path, staging: Path, backends: BackendRegi
 
 def _give_number(
     order: Order,
-    directory: Path,
+    destination: Destination,
     staging: Path,
     files: Mapping[str, FileEntry],
     tensors: ModelTensors,
     key: EllipticCurvePrivateKey | None,
 ) -> Published:
-    """The manifest, then the rename. Somebody else may take the next free number meanwhile: then the one after it."""
+    """The manifest, then the commit. Somebody else may take the next free number meanwhile: then the one after it."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     commit = find_commit(order.artifact)
     while True:
-        there = _numbers(directory)
+        there = destination.numbers(order.model)
         version = order.version or max(there, default=0) + 1
         parent = max((number for number in there if number < version), default=None)
         manifest = Manifest(order.model, version, created, files, tensors, parent, commit, order.metadata)
         raw = write_manifest(staging, manifest)
         if key is not None:
             write_durably(staging / SIGNATURE_NAME, sign(raw, key))
-        _sync_tree(staging)
-        target = directory / str(version)
-        if rename_to_free(staging, target):
-            _sync_directory(directory)
-            return Published(manifest, target, key is not None)
-        _refuse_existing(order, directory)
-
-
-def rename_to_free(staging: Path, target: Path) -> bool:
-    """False if `target` exists. The rename itself refuses a directory with something in it; the look before it is for
-    the rest, which it would replace: an empty directory, such as someone's who has just begun to copy by hand."""
-    if os.path.lexists(target):
-        return False
-    try:
-        staging.rename(target)
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
-            return False
-        raise
-    return True
+        location = destination.commit(order.model, version, staging)
+        if location is not None:
+            return Published(manifest, location, key is not None)
+        _refuse_existing(order, destination)
 
 
 def find_commit(artifact: Path) -> str | None:
@@ -301,16 +248,3 @@ def find_commit(artifact: Path) -> str | None:
         return None
     commit = done.stdout.strip()
     return commit if done.returncode == 0 and len(commit) in (40, 64) else None
-
-
-def _sync_tree(directory: Path) -> None:
-    for folder, _, _ in os.walk(directory, topdown=False):
-        _sync_directory(Path(folder))
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

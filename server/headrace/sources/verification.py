@@ -7,7 +7,6 @@ from pathlib import Path
 
 from headrace.config import ModelConfig
 from headrace.errors import LoadError
-from headrace.model_files import load_model_config, model_name
 from headrace.sources.manifest import (
     MANIFEST_NAME,
     SIGNATURE_NAME,
@@ -24,12 +23,11 @@ from headrace.telemetry.log import get_logger
 log = get_logger(__name__)
 
 
-def verify_version(model_directory: Path, version_directory: Path) -> None:
-    """Raises LoadError, or ConfigError for a configuration that cannot be read.
+def verify_version(config: ModelConfig, model_directory: Path, version_directory: Path) -> None:
+    """Raises LoadError.
 
     A directory without a manifest was put there by hand and is taken as it is, unless the model requires signatures.
     """
-    config = load_model_config(model_directory, model_name(model_directory))
     raw = read_small_file(version_directory, MANIFEST_NAME) if has_manifest(version_directory) else None
     if config.signature_policy != "off":
         try:

@@ -11,6 +11,7 @@ from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError, LoadError
 from headrace.lifecycle.effective import DEFAULT_MAX_BATCH_SIZE, EffectiveModel, resolve, resolve_model
+from headrace.model_files import load_model_config, model_name
 from headrace.signature import DataType, TensorSpec
 from onnx import ModelProto
 
@@ -207,7 +208,7 @@ def write(tmp_path: Path, model: ModelProto, **files: str) -> Path:
 
 
 def resolved(directory: Path) -> EffectiveModel:
-    return resolve_model(directory, directory / "1", BACKENDS)
+    return resolve_model(load_model_config(directory, model_name(directory)), directory, directory / "1", BACKENDS)
 
 
 def test_model_file_alone_is_enough(tmp_path: Path) -> None:
@@ -303,7 +304,7 @@ def test_files_of_two_backends_are_ambiguous(tmp_path: Path) -> None:
     directory = write(tmp_path, onnx_models.identity())
     (directory / "1" / "model.plan").touch()
     with pytest.raises(ConfigError, match="m/1 has files for several backends: onnxruntime, plan"):
-        resolve_model(directory, directory / "1", {**BACKENDS, "plan": Plan})
+        resolve_model(ModelConfig("m"), directory, directory / "1", {**BACKENDS, "plan": Plan})
 
 
 def test_linked_model_directory_keeps_its_own_name(tmp_path: Path) -> None:

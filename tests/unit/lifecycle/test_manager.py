@@ -10,11 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from headrace.backends.base import ArtifactSignature
+from headrace.config import ModelConfig
 from headrace.errors import BackendError, HeadraceError, InvalidRequest, LoadError, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.manager import ModelManager, WantedVersion, parse_version
 from headrace.lifecycle.state import MOVES, VersionState, check_move
 from headrace.requests import InferRequest, InputTensor, Reply
 from headrace.signature import DataType, TensorSpec
+from headrace.sources.base import Fetched
 from headrace.testing import CollectingOutlet, FakeBackend
 from headrace.wire.messages import ModelInferResponse
 
@@ -31,7 +33,11 @@ def wanted(root: Path, model: str, version: int) -> WantedVersion:
     directory = root / model / str(version)
     directory.mkdir(parents=True)
     (directory / "model.fake").touch()
-    return WantedVersion(model, version, root / model, directory)
+
+    async def fetch() -> Fetched:
+        return Fetched(directory.parent, directory)
+
+    return WantedVersion(model, version, "token", ModelConfig(model), fetch)
 
 
 async def infer(models: ModelManager, model: str, rows: list[list[float]]) -> np.ndarray | HeadraceError:

@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from headrace.config import SourceConfig
 from headrace.errors import ConfigError
 from headrace.sources import directory as module
 from headrace.sources.base import Listing, is_version_name
@@ -19,8 +20,11 @@ def add(directory: Path, content: str = "weights") -> Path:
     return directory
 
 
-def listing(root: Path) -> Listing:
-    return asyncio.run(DirectorySource(str(root)).list())
+def listing(root: Path | str) -> Listing:
+    async def read() -> Listing:
+        return await DirectorySource(str(root), SourceConfig()).list()
+
+    return asyncio.run(read())
 
 
 def token(root: Path) -> str:
@@ -32,9 +36,8 @@ def test_models_and_their_versions(tmp_path: Path) -> None:
         add(tmp_path / path)
     found = listing(tmp_path)
     assert {name: sorted(model.versions) for name, model in found.models.items()} == {"a": [1, 2, 10], "b": [7]}
-    assert found.models["a"].versions[10].directory == tmp_path / "a" / "10"
-    assert found.models["a"].directory == tmp_path / "a"
-    assert found.models["a"].version_policy == "latest:1"
+    assert found.models["a"].versions[10].location == str(tmp_path / "a" / "10")
+    assert found.models["a"].config.version_policy == "latest:1"
     assert found.errors == {}
 
 
@@ -60,7 +63,7 @@ def test_linked_model_is_called_as_the_link(tmp_path: Path) -> None:
 
 def test_uri_with_a_scheme(tmp_path: Path) -> None:
     add(tmp_path / "m" / "1")
-    assert list(asyncio.run(DirectorySource(f"file://{tmp_path}").list()).models) == ["m"]
+    assert list(listing(f"file://{tmp_path}").models) == ["m"]
 
 
 @pytest.mark.parametrize("name", [".staging", "_tmp", "..data", ".git"])
@@ -81,9 +84,12 @@ def test_odd_directories_are_ignored_with_one_warning(tmp_path: Path, monkeypatc
     monkeypatch.setattr(module, "log", log)
     for path in ("m/1", "m/02", "m/warmup"):
         add(tmp_path / path)
-    source = DirectorySource(str(tmp_path))
 
-    listings = [asyncio.run(source.list()) for _ in range(3)]
+    async def read() -> list[Listing]:
+        source = DirectorySource(str(tmp_path), SourceConfig())
+        return [await source.list() for _ in range(3)]
+
+    listings = asyncio.run(read())
 
     assert [sorted(found.models["m"].versions) for found in listings] == [[1]] * 3
     assert [(call.method_name, call.args[0], call.kwargs["directory"]) for call in log.calls] == [("warning", "directory ignored", "02")]
@@ -99,7 +105,7 @@ def test_files_beside_models_and_versions_are_no_matter(tmp_path: Path) -> None:
 def test_policy_comes_from_the_models_configuration(tmp_path: Path) -> None:
     add(tmp_path / "m" / "1")
     (tmp_path / "m" / "model.toml").write_text('version_policy = "all"', encoding="utf-8")
-    assert listing(tmp_path).models["m"].version_policy == "all"
+    assert listing(tmp_path).models["m"].config.version_policy == "all"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +170,7 @@ def test_token_changes_with_content_of_equal_size_and_time(tmp_path: Path) -> No
     assert token(tmp_path) != before
 
 
-@pytest.mark.parametrize("name", ["1/model.onnx.data", "1/sub/deep", "model.toml", "labels.txt"])
+@pytest.mark.parametrize("name", ["1/model.onnx.data", "1/sub/deep", "labels.txt"])
 def test_token_changes_with_files_of_the_version_and_of_the_model(name: str, tmp_path: Path) -> None:
     add(tmp_path / "m" / "1")
     tokens = [token(tmp_path)]
@@ -178,6 +184,16 @@ def test_token_changes_with_files_of_the_version_and_of_the_model(name: str, tmp
     tokens.append(token(tmp_path))
     assert len(set(tokens[:3])) == 3
     assert tokens[3] != tokens[2]
+
+
+def test_token_changes_with_what_the_configuration_says_of_serving_and_with_nothing_else_in_it(tmp_path: Path) -> None:
+    add(tmp_path / "m" / "1")
+    before = token(tmp_path)
+    toml = tmp_path / "m" / "model.toml"
+    toml.write_text('version_policy = "all"\n[labels]\nstable = 1\n[rollout]\nmode = "canary"', encoding="utf-8")
+    assert token(tmp_path) == before
+    toml.write_text("max_batch_size = 4", encoding="utf-8")
+    assert token(tmp_path) != before
 
 
 def test_token_is_not_touched_by_other_versions(tmp_path: Path) -> None:

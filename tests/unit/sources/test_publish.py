@@ -14,9 +14,12 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.hazmat.primitives.serialization import BestAvailableEncryption, Encoding, NoEncryption, PrivateFormat, PublicFormat
 from headrace import cli
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
+from headrace.config import SourceConfig
 from headrace.errors import AlreadyExists, ConfigError, LoadError
+from headrace.model_files import load_model_config
 from headrace.sources import publish as module
 from headrace.sources import verification
+from headrace.sources.directory_destination import DirectoryDestination
 from headrace.sources.manifest import read_manifest, write_manifest
 from headrace.sources.publish import Order, Published, publish
 from headrace.sources.verification import verify_version
@@ -36,7 +39,11 @@ def repository(tmp_path: Path) -> Path:
 
 
 def publish_digits(artifact: Path, repository: Path, **options: Any) -> Published:
-    return publish(Order(artifact, str(repository), "digits", **options), BACKENDS)
+    return publish(Order(artifact, "digits", **options), DirectoryDestination(str(repository), SourceConfig()), BACKENDS)
+
+
+def verify(model_directory: Path, version_directory: Path) -> None:
+    verify_version(load_model_config(model_directory, model_directory.name), model_directory, version_directory)
 
 
 def everything_in(directory: Path) -> list[str]:
@@ -67,8 +74,8 @@ def test_a_directory_is_published_whole_without_hidden_files_and_an_earlier_mani
         (folder / name).write_text("old")
     published = publish_digits(folder, repository)
     assert sorted(published.manifest.files) == ["assets/vocabulary.txt", "model.onnx"]
-    assert (published.directory / "assets" / "vocabulary.txt").read_bytes() == Path(__file__).read_bytes()
-    verify_version(repository / "digits", published.directory)
+    assert (Path(published.location) / "assets" / "vocabulary.txt").read_bytes() == Path(__file__).read_bytes()
+    verify(repository / "digits", Path(published.location))
 
 
 def test_a_file_gets_the_name_that_the_models_configuration_expects(artifact: Path, repository: Path) -> None:
@@ -95,7 +102,7 @@ def test_others_may_read_what_is_published_as_far_as_the_umask_lets_them(artifac
     artifact.chmod(0o600)
     before = os.umask(0o022)
     try:
-        directory = publish_digits(artifact, repository).directory
+        directory = Path(publish_digits(artifact, repository).location)
     finally:
         os.umask(before)
     assert [oct(path.stat().st_mode & 0o777) for path in (directory, directory / "model.onnx")] == ["0o755", "0o644"]
@@ -156,7 +163,7 @@ def test_whatever_goes_wrong_nothing_of_the_attempt_is_left(
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../a", ".hidden", "_cache", "12", " a", "a\n", "a\0"])
 def test_a_name_that_no_source_would_offer_is_refused(artifact: Path, name: str) -> None:
     with pytest.raises(ConfigError, match="--name: expected"):
-        Order(artifact, "models", name)
+        Order(artifact, name)
 
 
 @pytest.mark.parametrize(
@@ -211,11 +218,11 @@ def test_a_signed_version_satisfies_a_model_that_requires_it(artifact: Path, rep
     require(repository, key)
     published = publish_digits(artifact, repository, signing_key=key)
     assert published.is_signed
-    verify_version(repository / "digits", published.directory)
+    verify(repository / "digits", Path(published.location))
 
 
 def test_signatures_are_what_openssl_makes_and_checks(artifact: Path, repository: Path, key: Path, tmp_path: Path) -> None:
-    directory = publish_digits(artifact, repository, signing_key=key).directory
+    directory = Path(publish_digits(artifact, repository, signing_key=key).location)
     subprocess.run(["openssl", "base64", "-d", "-in", directory / "manifest.json.sig", "-out", tmp_path / "der"], check=True)
     command = [
         "openssl",
@@ -252,46 +259,46 @@ def test_where_signatures_are_required_nothing_less_is_taken(
     artifact: Path, repository: Path, key: Path, tamper: Any, message: str
 ) -> None:
     require(repository, key)
-    directory = publish_digits(artifact, repository, signing_key=key).directory
+    directory = Path(publish_digits(artifact, repository, signing_key=key).location)
     tamper(directory)
     with pytest.raises(LoadError, match=message):
-        verify_version(repository / "digits", directory)
+        verify(repository / "digits", directory)
 
 
 def test_a_signature_by_somebody_else_is_none(artifact: Path, repository: Path, key: Path, tmp_path: Path) -> None:
     require(repository, write_key(tmp_path / "trusted.pem"))
-    directory = publish_digits(artifact, repository, signing_key=key).directory
+    directory = Path(publish_digits(artifact, repository, signing_key=key).location)
     with pytest.raises(LoadError, match="not a signature of this manifest"):
-        verify_version(repository / "digits", directory)
+        verify(repository / "digits", directory)
 
 
 def test_an_old_signed_version_does_not_pass_for_a_new_one_or_for_another_model(artifact: Path, repository: Path, key: Path) -> None:
     require(repository, key)
-    directory = publish_digits(artifact, repository, signing_key=key).directory
+    directory = Path(publish_digits(artifact, repository, signing_key=key).location)
     renamed = directory.rename(directory.parent / "2")
     with pytest.raises(LoadError, match="signed for digits:1, expected this model and version"):
-        verify_version(repository / "digits", renamed)
+        verify(repository / "digits", renamed)
 
 
 def test_a_key_outside_the_models_directory_is_refused(artifact: Path, repository: Path, key: Path) -> None:
     require(repository, key)
-    directory = publish_digits(artifact, repository, signing_key=key).directory
+    directory = Path(publish_digits(artifact, repository, signing_key=key).location)
     for name in ("../key.pub", "1/key.pub", str(key)):
         (repository / "digits" / "model.toml").write_text(f'signature_policy = "require"\nsignature_key = "{name}"\n')
         with pytest.raises(LoadError, match=r"expected a file beside model\.toml"):
-            verify_version(repository / "digits", directory)
+            verify(repository / "digits", directory)
     (repository / "digits" / "key.pub").unlink()
     (repository / "digits" / "key.pub").symlink_to(key.with_suffix(".pub"))
     (repository / "digits" / "model.toml").write_text('signature_policy = "require"\nsignature_key = "key.pub"\n')
     with pytest.raises(LoadError, match=r"expected a file beside model\.toml"):
-        verify_version(repository / "digits", directory)
+        verify(repository / "digits", directory)
 
 
 def test_a_policy_without_a_key_is_a_mistake_in_model_toml(artifact: Path, repository: Path) -> None:
     (repository / "digits").mkdir(parents=True)
     (repository / "digits" / "model.toml").write_text('signature_policy = "require"\n')
     with pytest.raises(ConfigError, match=r"digits/model\.toml: signature_policy 'require': expected signature_key"):
-        verify_version(repository / "digits", repository / "digits" / "1")
+        verify(repository / "digits", repository / "digits" / "1")
 
 
 def test_warn_takes_the_version_and_says_once_why_it_is_not_signed(
@@ -300,16 +307,16 @@ def test_warn_takes_the_version_and_says_once_why_it_is_not_signed(
     log = CapturingLogger()
     monkeypatch.setattr(verification, "log", log)
     require(repository, key, "warn")
-    verify_version(repository / "digits", publish_digits(artifact, repository).directory)
+    verify(repository / "digits", Path(publish_digits(artifact, repository).location))
     assert [(call.method_name, call.kwargs["model"], call.kwargs["version"]) for call in log.calls] == [("warning", "digits", "1")]
     assert "expected manifest.json.sig" in log.calls[0].kwargs["reason"]
 
 
 def test_a_directory_without_manifest_is_taken_as_it_is(artifact: Path, repository: Path) -> None:
-    directory = publish_digits(artifact, repository).directory
+    directory = Path(publish_digits(artifact, repository).location)
     (directory / "manifest.json").unlink()
     (directory / "more").touch()
-    verify_version(repository / "digits", directory)
+    verify(repository / "digits", directory)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +355,7 @@ def test_the_command_speaks_json_to_machines(artifact: Path, repository: Path, c
     code, out, _ = run(capsys, artifact, "--to", repository, "--name", "digits", "--json", "--metadata", "a=b=c", "d=")
     table = json.loads(out)
     assert (code, table["version"], table["signed"], list(table["files"])) == (0, 1, False, ["model.onnx"])
-    assert read_manifest(Path(table["directory"])).metadata == {"a": "b=c", "d": ""}
+    assert read_manifest(Path(table["location"])).metadata == {"a": "b=c", "d": ""}
 
 
 @pytest.mark.parametrize(
@@ -390,7 +397,7 @@ def test_an_existing_version_and_an_invalid_model_are_exit_code_1(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--to", "s3://bucket/models", "--name", "a"], "object stores cannot be published to yet"),
+        (["--to", "gopher://bucket/models", "--name", "a"], "--to: 'gopher://bucket/models': unknown scheme 'gopher'"),
         (["--to", "models", "--name", "a/b"], "--name: expected"),
         (["--to", "models", "--name", "a", "--version", "0"], "--version: expected a number from 1, got 0"),
         (["--to", "models", "--name", "a", "--metadata", "x"], "--metadata: expected KEY=VALUE, got 'x'"),
@@ -403,7 +410,7 @@ def test_wrong_use_is_exit_code_2(artifact: Path, flags: list[str], message: str
 
 
 def test_check_tells_of_a_version_that_is_not_as_published(artifact: Path, repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    directory = publish_digits(artifact, repository).directory
+    directory = Path(publish_digits(artifact, repository).location)
     (directory / "extra.so").touch()
     assert cli.main(["check", str(repository)]) == 1
     assert 'digits/1: file "extra.so" is not in manifest.json' in capsys.readouterr().out

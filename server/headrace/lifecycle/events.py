@@ -1,0 +1,80 @@
+"""What happened to models, in order: loads, flips, label moves, promotions, rollbacks, with who and why."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SERVER = "server"
+"""Who did it, when nobody asked for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Actor:
+    """Who changes something and why. `name`: a client's address or identity; empty reasons are allowed."""
+
+    name: str = SERVER
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One line of the audit log. `number` counts from 1 within a run of the server; `at` is the wall clock, in seconds.
+
+    `kind`: loading, live, failed, unloaded, flip, label, traffic, rollout, promoted, rolled_back, taken_up, source_error, source_recovered.
+    `version` 0: the model as a whole, or no version. `reason` is for people; `fields` depend on the kind.
+    """
+
+    number: int
+    at: float
+    kind: str
+    model: str
+    version: int = 0
+    who: str = SERVER
+    reason: str = ""
+    fields: Mapping[str, str] = field(default_factory=dict)
+
+    def table(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class EventLog:
+    """Owns the latest events and who is told of new ones. Event loop only."""
+
+    KEPT = 1000
+
+    def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        self._events: deque[Event] = deque(maxlen=self.KEPT)
+        self._next = 1
+        self._wall_clock = wall_clock
+        self._subscribers: list[Callable[[Event], None]] = []
+
+    def __repr__(self) -> str:
+        return f"EventLog({len(self._events)} kept, {self._next - 1} in all)"
+
+    def record(
+        self, kind: str, model: str, version: int = 0, *, who: str = SERVER, reason: str = "", fields: Mapping[str, str] | None = None
+    ) -> Event:
+        event = Event(self._next, self._wall_clock(), kind, model, version, who, reason, dict(fields or {}))
+        self._next += 1
+        self._events.append(event)
+        for callback in list(self._subscribers):
+            callback(event)
+        return event
+
+    def since(self, number: int, model: str = "") -> list[Event]:
+        """Those kept with a higher number, oldest first; of one model where one is given."""
+        return [event for event in self._events if event.number > number and model in ("", event.model)]
+
+    def subscribe(self, callback: Callable[[Event], None]) -> Callable[[], None]:
+        """Have `callback` called with each new event. Returns the call that ends it."""
+        self._subscribers.append(callback)
+
+        def unsubscribe() -> None:
+            if callback in self._subscribers:
+                self._subscribers.remove(callback)
+
+        return unsubscribe
