@@ -58,6 +58,9 @@ class FakeModels:
             return found
         raise NotFound(f"Request for unknown model: '{model}' is not found")
 
+    def choose(self, request: InferRequest) -> VersionView:
+        return self.resolve(request.model, request.version)
+
     def find(self, model: str, version: str) -> Sequence[VersionView]:
         return [found for found in self.versions if model in ("", found.model) and version in ("", str(found.version))]
 

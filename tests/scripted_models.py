@@ -124,6 +124,9 @@ class ScriptedModels:
             raise NotReady(f"Request for unknown model: '{model}' version {found[0].version} is not at ready state")
         return live[-1]
 
+    def choose(self, request: InferRequest) -> ScriptedVersion:
+        return self.resolve(request.model, request.version)
+
     def find(self, model: str, version: str) -> Sequence[ScriptedVersion]:
         if version and not version.isdecimal():
             raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version!r}")

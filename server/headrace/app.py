@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import gc
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import uvloop
 
@@ -18,15 +18,22 @@ from headrace.batching.event_loop import LoopSchedule, LoopTimer
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
-from headrace.lifecycle.manager import ModelManager, WantedVersion
-from headrace.lifecycle.policy import select_versions
+from headrace.lifecycle.admin import Admin
+from headrace.lifecycle.control import ExplicitControl
+from headrace.lifecycle.dry_run import NOTHING, plan
+from headrace.lifecycle.manager import ModelManager
+from headrace.lifecycle.tasks import Tasks
+from headrace.lifecycle.watcher import Watcher
 from headrace.plugins import load_backends, open_source
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
+from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
+from headrace.telemetry.audit import AuditLog, read_audit
+from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
 
@@ -45,8 +52,18 @@ class Server:
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
         self.models = ModelManager(
-            load_backends(), lambda: LoopTimer(loop), LoopSchedule(loop), load_concurrency=config.load_threads, access_log=self.access_log
+            load_backends(),
+            lambda: LoopTimer(loop),
+            LoopSchedule(loop),
+            load_concurrency=config.load_threads,
+            access_log=self.access_log,
+            drain_grace=config.shutdown_grace,
         )
+        self.sources = [open_source(uri, config.sources) for uri in config.models]
+        self.watchers = [self._watcher(source) for source in self.sources] if config.model_control != "explicit" else []
+        self.admin = Admin(self.models, self.watchers)
+        self.audit_log: AuditLog | None = None
+        self._tasks = Tasks()
         self.services = Services(
             InferenceService(self.models, self.access_log),
             ControlService(self.models, server_name=config.server_name, server_version=__version__),
@@ -62,37 +79,64 @@ class Server:
         if self.access_log is not None:
             self.access_log.start()
         if self.config.http:
-            self.http = HttpServer(self.config.http, self.models, make_registry(lambda: self.models.find("", "")))
+            registry = make_registry(lambda: self.models.find("", ""))
+            registry.register(LifecycleCollector(self.admin))
+            self.http = HttpServer(self.config.http, self.models, registry)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
         await self._load()
 
+    def _watcher(self, source: Source) -> Watcher:
+        config = self.config
+        return Watcher(
+            source,
+            self.models.take,
+            interval=config.poll_interval,
+            settle=config.settle,
+            on_error=self.models.set_source_error,
+            follows_hints=config.model_control == "watch",
+        )
+
     async def _load(self) -> None:
-        wanted: list[WantedVersion] = []
-        errors: dict[str, str] = {}
-        for uri in self.config.models:
-            source = open_source(uri, self.config.sources)
-            try:
-                listing = await source.list()
-            except OSError as error:
-                raise ConfigError(f"model repository {uri!r} cannot be read: {error.strerror}") from None
-            errors.update(listing.errors)
-            for model in listing.models.values():
-                taken = [want for want in wanted if want.model == model.name]
-                if taken:
-                    raise ConfigError(f"model '{model.name}' is in two repositories: {taken[0].source} and {uri}; expected one")
-                policy = model.config.version_policy
-                numbers = select_versions(list(model.versions), policy)
-                if not numbers:
-                    there = ", ".join(map(str, sorted(model.versions)))
-                    errors[model.name] = f"version_policy '{policy}' selects none of its versions: {there}"
-                for number in numbers:
-                    ref = model.versions[number]
-                    fetch = functools.partial(source.fetch, model, number)
-                    wanted.append(WantedVersion(model.name, number, ref.token, model.config, fetch, ref.location, uri))
-        await self.models.load_all(wanted, errors)
-        log.info("server ready" if self.models.is_ready else "server not ready", models=len({want.model for want in wanted}))
+        await self._start_audit()
+        if self.config.model_control == "explicit":
+            control = ExplicitControl(self.models, self.sources)
+            await control.start(self.config.load_models)
+            await self._become_ready()
+            return
+        for watcher in self.watchers:
+            await watcher.start()
+        if self.config.model_control == "none":
+            unread = [watcher for watcher in self.watchers if watcher.error]
+            if unread:
+                raise ConfigError(f"model repository {unread[0].source.uri!r} cannot be read: {unread[0].error}")
+        if self.models.conflicts:
+            raise ConfigError(self.models.conflicts[0])
+        if self.config.model_control in ("watch", "poll"):
+            for watcher in self.watchers:
+                self._tasks.start(watcher.run(), f"watch {watcher.source.uri}")
+        if all(watcher.has_listed.is_set() for watcher in self.watchers):
+            await self._become_ready()
+        else:
+            # Serving what there is meanwhile; not ready before every source has been heard.
+            self._tasks.start(self._become_ready(), "become ready")
+
+    async def _become_ready(self) -> None:
+        for watcher in self.watchers:
+            await watcher.has_listed.wait()
+        await self.models.settle()
+        log.info("server ready" if self.models.is_ready else "server not ready", models=len(self.models.models))
+
+    async def _start_audit(self) -> None:
+        if not self.config.audit_log:
+            return
+        path = Path(self.config.audit_log)
+        for name, left in (await asyncio.to_thread(read_audit, path)).items():
+            if name and (left.blocked or left.labels):
+                self.models.add(name).remember(left.blocked, left.labels)
+        self.audit_log = AuditLog(path)
+        self.models.event_log.subscribe(self.audit_log.record)
 
     async def stop(self) -> None:
         """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
@@ -100,12 +144,17 @@ class Server:
         self.models.announce_stop()
         self.services.health.close()
         # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
+        await self._tasks.close()
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
         if self.http is not None:
             await self.http.stop()
+        for source in self.sources:
+            await source.close()
         if self.access_log is not None:
             await asyncio.to_thread(self.access_log.stop)
+        if self.audit_log is not None:
+            await asyncio.to_thread(self.audit_log.stop)
         log.info("server stopped")
 
 
@@ -130,6 +179,9 @@ async def serve(config: ServerConfig, started: Callable[[Server], None] | None =
 
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, on_signal)
+    if config.watch_dry_run:
+        await dry_run(config, stopping)
+        return 0
     server = Server(config)
     try:
         start = asyncio.ensure_future(server.start())
@@ -153,6 +205,32 @@ async def serve(config: ServerConfig, started: Callable[[Server], None] | None =
     if server.models.is_busy:
         _leave()
     return 0
+
+
+async def dry_run(config: ServerConfig, stopping: asyncio.Event) -> None:
+    """Print what would be loaded and unloaded, at first and with every change, until told to stop. Serves nothing."""
+    seen: dict[str, Listing] = {}
+
+    def take(source: Source, listing: Listing) -> None:
+        for line in plan(seen.get(source.uri, NOTHING), listing):
+            print(f"would {line}" if not line.startswith("cannot") else line, flush=True)
+        seen[source.uri] = listing
+
+    def tell(source: Source, reason: str) -> None:
+        print(f"{source.uri}: {reason or 'can be read again'}", flush=True)
+
+    tasks = Tasks()
+    sources = [open_source(uri, config.sources) for uri in config.models]
+    try:
+        for source in sources:
+            watcher = Watcher(source, take, interval=config.poll_interval, settle=config.settle, on_error=tell)
+            await watcher.start()
+            tasks.start(watcher.run(), f"watch {source.uri}")
+        await stopping.wait()
+    finally:
+        await tasks.close()
+        for source in sources:
+            await source.close()
 
 
 def _leave() -> None:

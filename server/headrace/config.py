@@ -43,7 +43,20 @@ class ServerConfig:
     )
     http: str = _option("127.0.0.1:8002", "HOST:PORT of metrics and health; empty: off.")
     transport: str = _option("auto", "The gRPC implementation.", choices=("auto", "grpcio"))
-    model_control: str = _option("none", "What changes the set of models at run time; none: what is there at start.", choices=("none",))
+    model_control: str = _option(
+        "watch",
+        "What changes the set of models at run time. watch: every source, at once where it can tell and by polling besides. poll: only "
+        "every poll_interval_s. explicit: RepositoryModelLoad and Unload. none: what is there at start.",
+        choices=("watch", "none", "poll", "explicit"),
+    )
+    load_models: tuple[str, ...] = _option((), "With model_control explicit: the models that are loaded at start, '*' for all.")
+    poll_interval: float = _option(15.0, "Between looks at a source, with some jitter.", key="poll_interval_s", minimum=0.1)
+    settle: float = _option(
+        5.0, "How long files without a manifest must not have changed before they are taken: somebody may still be copying.",
+        key="settle_s", minimum=0,
+    )  # fmt: skip
+    audit_log: str = _option("", "File to which every load, flip, label move, promotion and rollback is appended, one JSON line each.")
+    watch_dry_run: bool = _option(False, "Say what would be served, and what would change while it is watched, and serve nothing.")
     server_name: str = _option("triton", "`name` in ServerMetadata. Existing clients and their examples assert 'triton'.")
     log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
     log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))

@@ -36,16 +36,17 @@ def test_environment_overrides_the_file_and_flags_override_both(tmp_path: Path) 
 @pytest.mark.parametrize("key", option_keys(ServerConfig))
 def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     field = option_keys(ServerConfig)[key]
-    texts = {"grpc": "unix:/run/a.sock", "http": "0.0.0.0:1", "shutdown_grace_s": "2.5", "tls_certificate": "a.pem"}
+    texts = {"grpc": "unix:/run/a.sock", "http": "0.0.0.0:1", "tls_certificate": "a.pem"}
     numbers = {"max_message_bytes": "4096", "load_threads": "7", "cache_bytes": "1000"}
+    seconds = {"shutdown_grace_s": "2.5", "poll_interval_s": "2.5", "settle_s": "2.5"}
     choices = field.metadata["choices"]
-    text = {**texts, **numbers}.get(key) or (choices[-1] if choices else "true" if field.type == "bool" else "x")
+    text = {**texts, **numbers, **seconds}.get(key) or (choices[-1] if choices else "true" if field.type == "bool" else "x")
     environment = {f"HEADRACE_{key.upper()}": text}
     if key.startswith("tls_"):
         environment |= {"HEADRACE_TLS_CERTIFICATE": text, "HEADRACE_TLS_KEY": text}
     value = getattr(load_server_config({}, environment, None), field.name)
-    expected = {"grpc": ("unix:/run/a.sock",), "models": ("x",), "shutdown_grace_s": 2.5, "access_log": True}
-    assert value == expected.get(key, type(value)(text))
+    expected = {"grpc": ("unix:/run/a.sock",), "models": ("x",), "load_models": ("x",)}
+    assert value == expected.get(key, True if type(value) is bool else type(value)(text))
 
 
 def test_lists_are_separated_by_commas_in_the_environment_and_repeated_as_flags() -> None:

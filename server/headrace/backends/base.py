@@ -1,8 +1,9 @@
 """The contract between a model version and whatever runs it.
 
 A Backend class is the adapter of one runtime; an instance of it is one loaded copy of a model on one device, with its own
-worker thread. `load`, `warm` and `close` are called from that thread. So is `execute`, any number of times, but for tiny models on
-the CPU, which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
+worker thread. `load`, `warm` and `close` are called from that thread, the first two from one of low priority in its place where
+`starts_threads` allows it. `execute` is called from the worker's thread, any number of times, but for tiny models on the CPU,
+which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
 formats: a backend sees arrays.
 """
 
@@ -53,6 +54,11 @@ class Backend(ABC):
     @abstractmethod
     def estimate_memory(cls, path: Path) -> int:
         """An upper bound in bytes of what one loaded instance takes, known before it is loaded."""
+
+    @property
+    def starts_threads(self) -> bool:
+        """Whether `load` starts threads that run batches later. They would keep the low priority that loads have otherwise."""
+        return True
 
     @abstractmethod
     def load(self) -> None:

@@ -81,6 +81,10 @@ class OnnxRuntimeBackend(Backend):
         files = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
         return _FIXED_MEMORY + _MEMORY_PER_FILE_BYTE * files
 
+    @property
+    def starts_threads(self) -> bool:
+        return _threads(self.instance) > 1 or "inter_op_num_threads" in self.instance.options
+
     def load(self) -> None:
         providers = _providers(self.instance.device)
         options = _session_options(self.instance)
@@ -291,7 +295,7 @@ def _session_options(instance: InstanceConfig) -> Any:
     """
     runtime = _runtime()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = instance.threads or max(_cores() // instance.count, 1)
+    options.intra_op_num_threads = _threads(instance)
     # One batch at a time and an instance: branches of the graph run in turn, batches side by side on several instances.
     options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
@@ -365,6 +369,10 @@ _SESSION_ENTRIES = (
 """The runtime itself takes any key in silence, so a typing mistake would mean the default: hence a list."""
 _RUN_ENTRIES = ("memory.enable_memory_arena_shrinkage",)
 OPTIONS = (*_ENUM_OPTIONS, *_SWITCH_OPTIONS, *_COUNT_OPTIONS, *_SESSION_ENTRIES, *_RUN_ENTRIES)
+
+
+def _threads(instance: InstanceConfig) -> int:
+    return instance.threads or max(_cores() // instance.count, 1)
 
 
 def _cores() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
 import time
@@ -14,12 +15,14 @@ from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
+from headrace.batching.screening import count_nonfinite
 from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.access_log import VersionAccessLog
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
 from headrace.telemetry.log import get_logger
+from headrace.threads import run_at_low_priority
 
 log = get_logger(__name__)
 
@@ -31,7 +34,10 @@ class Encoder(Protocol):
 
 
 class BatchRunner:
-    """Runs one batch start to end on the calling thread. Owns nothing that changes."""
+    """Runs one batch start to end on the calling thread.
+
+    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread.
+    """
 
     def __init__(
         self,
@@ -42,6 +48,7 @@ class BatchRunner:
         shard: CounterShard,
         access_log: VersionAccessLog | None = None,
     ) -> None:
+        self.screen_outputs = False
         self._access_log = access_log
         self._signature = signature
         self._encoder = encoder
@@ -90,6 +97,8 @@ class BatchRunner:
             output_start=output_start,
             done=time.monotonic(),
         )
+        if self.screen_outputs:
+            self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))
         self._shard.record_batch(times)
         return answers
 
@@ -181,7 +190,9 @@ class Worker:
     def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
         # From here on nobody can cancel it: whoever waited may have gone, and the result still has a place.
         ready.set_running_or_notify_cancel()
-        result = self._prepare(warm_up)
+        # Whatever serves meanwhile must not wait for it. This thread cannot do it at a low priority: it could not go back.
+        prepare = functools.partial(self._prepare, warm_up)
+        result = prepare() if self._backend.starts_threads else run_at_low_priority(prepare, f"{self.name} loading")
         if isinstance(result, HeadraceError):
             # Closed first: whoever is told of the failure may count on the memory.
             self._close()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,11 +42,13 @@ class Event:
 
 
 class EventLog:
-    """Owns the latest events and who is told of new ones. Event loop only."""
+    """Owns the latest events, how many there were of each kind, and who is told of new ones. Event loop only."""
 
     KEPT = 1000
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
+        self.counts: Counter[tuple[str, str]] = Counter()
+        """By model and kind."""
         self._events: deque[Event] = deque(maxlen=self.KEPT)
         self._next = 1
         self._wall_clock = wall_clock
@@ -61,6 +63,7 @@ class EventLog:
         event = Event(self._next, self._wall_clock(), kind, model, version, who, reason, dict(fields or {}))
         self._next += 1
         self._events.append(event)
+        self.counts[model, kind] += 1
         for callback in list(self._subscribers):
             callback(event)
         return event

@@ -1,55 +1,39 @@
-"""All models and their versions: makes live what a source wants, and finds the version that serves a request."""
+"""All models: takes what sources offer, and finds the version that serves a request."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+import functools
+from collections.abc import Callable, Sequence
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
-from headrace.config import ModelConfig
-from headrace.errors import InvalidRequest, NotFound, NotReady, ShuttingDown
-from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.version import ModelVersion
-from headrace.lifecycle.view import IndexEntry
-from headrace.sources.base import Fetched
+from headrace.errors import NotFound, NotReady, ShuttingDown
+from headrace.lifecycle.events import EventLog
+from headrace.lifecycle.memory import return_memory
+from headrace.lifecycle.model import Model, Offer, Parts
+from headrace.lifecycle.routes import parse_version
+from headrace.lifecycle.state import INDEX_STATES
+from headrace.lifecycle.tasks import Tasks
+from headrace.lifecycle.version import ModelVersion, WantedVersion
+from headrace.lifecycle.view import IndexEntry, Submits
+from headrace.requests import InferRequest
+from headrace.sources.base import Listing, ModelRef, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
+from headrace.threads import run_at_low_priority
 
 log = get_logger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class WantedVersion:
-    """A version that is to be served: what it is, and how to get it. `token` tells two contents of one number apart."""
-
-    model: str
-    version: int
-    token: str
-    config: ModelConfig
-    fetch: Callable[[], Awaitable[Fetched]]
-    location: str = ""
-    source: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Route:
-    """How requests for one model find a version. Immutable: a flip replaces the whole route by one assignment."""
-
-    default: ModelVersion | None
-    live: Mapping[int, ModelVersion]
-    known: frozenset[int]
-
-
-@dataclass(slots=True)
-class _Model:
-    versions: dict[int, ModelVersion] = field(default_factory=dict)
-    error: str = ""
+RETURN_MEMORY_AFTER = 1.0
+"""Seconds after an unload. Trimming takes each of the allocator's arenas in turn for milliseconds, so not more often."""
 
 
 class ModelManager:
-    """Owns the table of models and the routes. Everything but `resolve` belongs to the event loop; `resolve` reads one snapshot."""
+    """Owns the table of models, and those versions that are gone but for a thread inside a call that cannot be interrupted.
+
+    Everything but `resolve` and `choose` belongs to the event loop; those read one snapshot.
+    """
 
     def __init__(
         self,
@@ -59,20 +43,34 @@ class ModelManager:
         *,
         load_concurrency: int = 2,
         access_log: AccessLog | None = None,
+        drain_grace: float = 30.0,
     ) -> None:
-        self._backends = backends
-        self._timer = timer
-        self._schedule = schedule
-        self._access_log = access_log
-        self._loads = asyncio.Semaphore(load_concurrency)
-        self._models: dict[str, _Model] = {}
-        self._routes: dict[str, Route] = {}
+        self.event_log = EventLog()
+        self.models: dict[str, Model] = {}
+        self.source_errors: dict[str, str] = {}
+        self.conflicts: list[str] = []
+        self._required: set[str] = set()
+        self._left_behind: list[ModelVersion] = []
+        self._tasks = Tasks()
         self._subscribers: list[Callable[[], None]] = []
         self._has_settled = False
         self._is_stopping = False
+        self._trim: asyncio.TimerHandle | None = None
+        self._parts = Parts(
+            backends=backends,
+            timer=timer,
+            schedule=schedule,
+            slots=asyncio.Semaphore(load_concurrency),
+            tasks=self._tasks,
+            events=self.event_log,
+            access_log=access_log,
+            drain_grace=drain_grace,
+            notify=self._notify,
+            unloaded=self._unloaded,
+        )
 
     def __repr__(self) -> str:
-        return f"ModelManager({len(self._models)} models, {sum(len(r.live) for r in self._routes.values())} live versions)"
+        return f"ModelManager({len(self.models)} models, {sum(len(m.route.live) for m in self.models.values())} live versions)"
 
     # -- the view of the services --------------------------------------------------------------------------------------
 
@@ -82,61 +80,78 @@ class ModelManager:
 
     @property
     def is_ready(self) -> bool:
-        return (
-            self._has_settled
-            and not self._is_stopping
-            and all(
-                model.versions and not model.error and all(v.is_live for v in model.versions.values()) for model in self._models.values()
-            )
-        )
+        """Once everything that was there at the start has been loaded, and as long as all of it has a version that serves.
+
+        A bad publication changes nothing in that, nor does a new model: they must not take a server out that serves.
+        """
+        return self._has_settled and not self._is_stopping and all(self._serves(name) for name in self._required)
+
+    def _serves(self, name: str) -> bool:
+        model = self.models.get(name)
+        return model is not None and model.is_serving
 
     @property
     def is_busy(self) -> bool:
         """Whether a thread of any version still runs."""
-        return any(version.is_busy for model in self._models.values() for version in model.versions.values())
+        return any(version.is_busy for version in [*self._versions(), *self._left_behind])
 
     def resolve(self, model: str, version: str) -> ModelVersion:
-        route = self._routes.get(model)
-        if route is not None:
-            if not version:
-                if route.default is not None:
-                    return route.default
-            else:
-                found = route.live.get(parse_version(version))
-                if found is not None:
-                    return found
+        entry = self.models.get(model)
+        if entry is not None:
+            found = entry.route.find(version)
+            if found is not None:
+                return found
         raise self._explain(model, version)
+
+    def choose(self, request: InferRequest) -> Submits:
+        entry = self.models.get(request.model)
+        if entry is not None:
+            found = entry.route.choose(request)
+            if found is not None:
+                return found
+        raise self._explain(request.model, request.version)
 
     def _explain(self, model: str, version: str) -> NotFound | NotReady:
         if self._is_stopping:
             return ShuttingDown("Server is shutting down: no new inference requests are taken")
         subject = f"Request for unknown model: '{model}'"
-        entry = self._models.get(model)
+        entry = self.models.get(model)
         if entry is None:
             return NotFound(f"{subject} is not found")
         if not version:
             return NotFound(f"{subject} has no available versions")
-        if parse_version(version) not in entry.versions:
+        number = parse_version(version, entry.route.labels)
+        if number not in {each.version for each in entry.versions}:
             return NotFound(f"{subject} version {version} is not found")
         return NotReady(f"{subject} version {version} is not at ready state")
 
     def find(self, model: str, version: str) -> Sequence[ModelVersion]:
-        number = parse_version(version) if version else None
         return [
             found
-            for name, entry in sorted(self._models.items())
+            for name, entry in sorted(self.models.items())
             if model in ("", name)
-            for found in sorted(entry.versions.values(), key=lambda v: v.version)
-            if number in (None, found.version)
+            for found in sorted(entry.versions, key=lambda v: v.version)
+            if not version or found.version == parse_version(version, entry.route.labels)
         ]
+
+    def _versions(self) -> list[ModelVersion]:
+        return [version for entry in self.models.values() for version in entry.versions]
 
     def index(self) -> Sequence[IndexEntry]:
         rows = []
-        for name, entry in sorted(self._models.items()):
-            if entry.error or not entry.versions:
-                rows.append(IndexEntry(name, "", "UNAVAILABLE", entry.error or "no version found"))
-            for version in sorted(entry.versions.values(), key=lambda v: v.version):
-                rows.append(IndexEntry(name, str(version.version), INDEX_STATES[version.state], version.reason))
+        for name, entry in sorted(self.models.items()):
+            if entry.error:
+                rows.append(IndexEntry(name, "", "UNAVAILABLE", entry.error))
+            elif not (entry.versions or entry.unloaded):
+                rows.append(IndexEntry(name, "", "", ""))  # there, and never loaded
+            there = {version.version for version in entry.versions}
+            for number, reason in entry.unloaded.items():
+                if number not in there:
+                    rows.append(IndexEntry(name, str(number), "UNAVAILABLE", reason))
+            stale = self.source_errors.get(self._owner(name), "")
+            for version in sorted(entry.versions, key=lambda v: v.version):
+                reason = version.reason or (f"its source cannot be read now: {stale}" if stale else "")
+                rows.append(IndexEntry(name, str(version.version), INDEX_STATES[version.state], reason))
         return rows
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
@@ -148,31 +163,81 @@ class ModelManager:
 
         return unsubscribe
 
-    # -- what is wanted ------------------------------------------------------------------------------------------------
+    # -- what is offered -----------------------------------------------------------------------------------------------
 
-    async def load_all(self, wanted: Sequence[WantedVersion], errors: Mapping[str, str]) -> None:
-        """Load every wanted version; a fault of one stops no other. `errors`: models that the source could not even list."""
-        for model, reason in errors.items():
-            self._models.setdefault(model, _Model()).error = reason
-            log.error("model not loadable", model=model, reason=reason)
-        async with asyncio.TaskGroup() as group:
-            for want in wanted:
-                version = ModelVersion(
-                    want.model,
-                    want.version,
-                    timer=self._timer,
-                    schedule=self._schedule,
-                    access_log=self._access_log,
-                    on_change=self._changed,
-                )
-                self._models.setdefault(want.model, _Model()).versions[want.version] = version
-                group.create_task(self._load(version, want))
-        self._has_settled = True
+    def take(self, source: Source, listing: Listing) -> None:
+        """Work towards what a source offers now. Models of its earlier listings that are not in this one are unloaded."""
+        self.conflicts = [conflict for conflict in self.conflicts if source.uri not in conflict]
+        for name, reason in listing.errors.items():
+            self._set_error(name, source.uri, reason)
+        for name, ref in listing.models.items():
+            owner = self._owner(name)
+            if owner not in ("", source.uri):
+                conflict = f"model '{name}' is in two repositories: {owner} and {source.uri}; expected one"
+                self.conflicts.append(conflict)
+                self._set_error(name, source.uri, conflict)
+            else:
+                self.add(name).set_offer(make_offer(source, ref))
+        for name in [name for name in self.models if name not in listing.models and name not in listing.errors]:
+            self._take_away(name, source)
+
+    def _take_away(self, name: str, source: Source) -> None:
+        """What the source had of this model, if anything, is no longer wanted."""
+        entry = self.models[name]
+        if self._owner(name) == source.uri:
+            assert entry.offer is not None
+            self._required.discard(name)
+            entry.set_offer(Offer(source.uri, entry.offer.config, {}, {}))
+        elif entry.error_source == source.uri:
+            entry.error = entry.error_source = ""
+            if entry.offer is None:
+                self._required.discard(name)
+                del self.models[name]
+            self._notify()
+
+    def _owner(self, name: str) -> str:
+        entry = self.models.get(name)
+        return entry.offer.source if entry is not None and entry.offer is not None and entry.offer.versions else ""
+
+    def add(self, name: str) -> Model:
+        """The model of that name, made where it is new."""
+        if name not in self.models:
+            self.models[name] = Model(name, self._parts)
+        return self.models[name]
+
+    def model(self, name: str) -> Model:
+        """Raises NotFound."""
+        if name not in self.models:
+            raise NotFound(f"model '{name}' is not found; there are {', '.join(sorted(self.models)) or 'none'}")
+        return self.models[name]
+
+    def _set_error(self, name: str, source: str, reason: str) -> None:
+        """What is served of the model stays as it is."""
+        entry = self.add(name)
+        if entry.error != reason:
+            entry.error, entry.error_source = reason, source
+            self.event_log.record("source_error", name, reason=reason, fields={"source": source})
+            log.error("model not loadable", model=name, reason=reason)
+            self._notify()
+
+    def set_source_error(self, source: Source, reason: str) -> None:
+        """Why a source cannot be read; "": it can again. What it said before stays in force."""
+        if reason:
+            self.source_errors[source.uri] = reason
+            self.event_log.record("source_error", "", reason=reason, fields={"source": source.uri})
+        elif self.source_errors.pop(source.uri, None) is not None:
+            self.event_log.record("source_recovered", "", fields={"source": source.uri})
         self._notify()
 
-    async def _load(self, version: ModelVersion, want: WantedVersion) -> None:
-        async with self._loads:
-            await version.load(want.config, want.fetch, self._backends)
+    async def settle(self) -> None:
+        """Wait until nothing is on its way to being live; the server is ready from the first time on, if all is well."""
+        await asyncio.gather(*(entry.settle() for entry in self.models.values()))
+        if not self._has_settled:
+            self._has_settled = True
+            self._required = set(self.models)
+        self._notify()
+
+    # -- stopping ------------------------------------------------------------------------------------------------------
 
     def announce_stop(self) -> None:
         """Not ready from here on, so that balancers send no more; what comes in all the same is still served."""
@@ -182,31 +247,34 @@ class ModelManager:
     async def stop(self, grace: float) -> None:
         """Take no more requests, finish what is queued within `grace` seconds, give all memory back."""
         self.announce_stop()
-        self._routes = {}
-        async with asyncio.TaskGroup() as group:
-            for version in self.find("", ""):
-                group.create_task(version.unload(grace, "server shutting down"))
+        if self._trim is not None:
+            self._trim.cancel()
+        await asyncio.gather(*(entry.close(grace, "server shutting down") for entry in self.models.values()))
+        await self._tasks.close()
 
     # -- changes -------------------------------------------------------------------------------------------------------
 
-    def _changed(self, version: ModelVersion) -> None:
-        if not self._is_stopping:
-            self._routes[version.model] = make_route(self._models[version.model].versions)
-        self._notify()
-
     def _notify(self) -> None:
+        for name in [name for name, entry in self.models.items() if entry.is_gone]:
+            del self.models[name]
         for callback in list(self._subscribers):
             callback()
 
+    def _unloaded(self, version: ModelVersion) -> None:
+        self._left_behind = [each for each in [*self._left_behind, version] if each.is_busy]
+        if self._trim is None and not self._is_stopping:
+            self._trim = asyncio.get_running_loop().call_later(RETURN_MEMORY_AFTER, self._return_memory)
 
-def make_route(versions: Mapping[int, ModelVersion]) -> Route:
-    """The highest live version is the default."""
-    live = {number: version for number, version in versions.items() if version.state is VersionState.LIVE}
-    return Route(live[max(live)] if live else None, live, frozenset(versions))
+    def _return_memory(self) -> None:
+        self._trim = None
+        self._tasks.start(asyncio.to_thread(run_at_low_priority, return_memory, "return memory"), "return memory")
 
 
-def parse_version(version: str) -> int:
-    """Raises InvalidRequest unless it is a decimal number >= 0, of at most the 19 digits that the protocol's int64 can have."""
-    if version.isascii() and version.isdigit() and len(version) <= 19:
-        return int(version)
-    raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version[:40]!r}")
+def make_offer(source: Source, ref: ModelRef) -> Offer:
+    versions = {
+        number: WantedVersion(
+            ref.name, number, version.token, ref.config, functools.partial(source.fetch, ref, number), version.location, source.uri
+        )
+        for number, version in ref.versions.items()
+    }
+    return Offer(source.uri, ref.config, versions, ref.labels)

@@ -1,10 +1,25 @@
-"""Which versions should be live. Pure functions of what is known."""
+"""Which versions should be live, and what to do next to get there. Pure functions of what is known.
+
+A driver asks `next_step` after every change and does what it says until it says nothing: there is no plan that could go stale.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import enum
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from headrace.errors import ConfigError
+from headrace.lifecycle.state import VersionState
+
+
+class Key(NamedTuple):
+    """A version's number and its content's token: a number whose content was replaced is another version."""
+
+    number: int
+    token: str
 
 
 def select_versions(available: Collection[int], policy: str) -> list[int]:
@@ -26,3 +41,116 @@ def select_versions(available: Collection[int], policy: str) -> list[int]:
 def _is_number(text: str) -> bool:
     """str.isdigit alone is true of '²', which int() refuses."""
     return text.isascii() and text.isdigit()
+
+
+def wanted_versions(
+    offered: Mapping[int, str],
+    policy: str,
+    *,
+    blocked: AbstractSet[Key] = frozenset(),
+    failed: AbstractSet[Key] = frozenset(),
+    labelled: Iterable[int] = (),
+    serving: Key | None = None,
+) -> set[Key]:
+    """What should be live of the `offered` versions (token by number).
+
+    A blocked version, one that was rolled back, counts as not there. Labels keep their versions. While everything that the policy
+    selects has failed, what serves goes on serving; where nothing does, the newest that has not failed takes its place: a bad
+    publication must not take a model down, nor keep it down when the server starts anew.
+    """
+    there = {Key(number, token) for number, token in offered.items()} - blocked
+    by_number = {key.number: key for key in there}
+    selected = {by_number[number] for number in select_versions(by_number, policy)}
+    wanted = selected | {by_number[number] for number in labelled if number in by_number}
+    if offered and selected <= failed:
+        if serving is not None:
+            wanted.add(serving)
+        elif policy.startswith("latest:") and there - failed:
+            wanted.add(max(there - failed))
+    return wanted
+
+
+class SwapPolicy(enum.Enum):
+    """AVAILABILITY: the new version is loaded before the old one is unloaded. RESOURCE: the old one makes room first."""
+
+    AVAILABILITY = "availability"
+    RESOURCE = "resource"
+
+
+@dataclass(frozen=True, slots=True)
+class VersionStatus:
+    """A version that exists. `is_prepared`: fetched and verified, waiting in VERIFYING for leave to load."""
+
+    key: Key
+    state: VersionState
+    is_prepared: bool = False
+
+
+class Action(enum.Enum):
+    START = "start"
+    LOAD = "load"
+    UNLOAD = "unload"
+
+
+class Step(NamedTuple):
+    action: Action
+    key: Key
+
+
+_GONE = frozenset({VersionState.UNLOADED})
+_SETTLED = frozenset({VersionState.LIVE, VersionState.FAILED})
+_LEAVING = frozenset({VersionState.DRAINING, VersionState.UNLOADING})
+
+
+def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], policy: SwapPolicy) -> Step | None:
+    """At most one step towards the wanted versions; None: wait for something to change.
+
+    1. What is not wanted and not live goes at once: a load is cancelled, a failure forgotten.
+    2. What is wanted and not there is fetched and verified, the newest first; that takes next to no memory.
+    3. Live versions that are not wanted go when nothing is wanted; when every wanted one has arrived or failed and one is live; or,
+       but for the newest of them, when there are several.
+    4. RESOURCE: they also go, all of them, once a wanted version is verified; nothing is loaded until they have gone.
+    5. What is wanted and verified is loaded.
+    """
+    present = [version for version in versions if version.state not in _GONE]
+    stale = [version for version in present if version.key not in wanted]
+    for version in stale:
+        if version.state is not VersionState.LIVE and version.state not in _LEAVING:
+            return Step(Action.UNLOAD, version.key)
+    missing = wanted - {version.key for version in present}
+    if missing:
+        return Step(Action.START, max(missing))
+    prepared = [version.key for version in present if version.is_prepared and version.state is VersionState.VERIFYING]
+    prepared = sorted((key for key in prepared if key in wanted), reverse=True)
+    leavers = sorted(version.key for version in stale if version.state is VersionState.LIVE)
+    if leavers and _may_leave(wanted, present, leavers, makes_room=policy is SwapPolicy.RESOURCE and bool(prepared)):
+        return Step(Action.UNLOAD, leavers[0])
+    if prepared and not (policy is SwapPolicy.RESOURCE and stale):
+        return Step(Action.LOAD, prepared[0])
+    return None
+
+
+def _may_leave(wanted: AbstractSet[Key], present: Sequence[VersionStatus], leavers: Sequence[Key], *, makes_room: bool) -> bool:
+    if not wanted or makes_room or len(leavers) > 1:
+        return True
+    states = [version.state for version in present if version.key in wanted]
+    return all(state in _SETTLED for state in states) and VersionState.LIVE in states
+
+
+def swap_policy(configured: str, needed: int, available: int) -> SwapPolicy:
+    """`configured`: model.toml's swap_policy; `auto` makes room only where the new version would not fit beside the old one.
+
+    Bytes. A tenth of what is available is left to the batches: the estimate covers weights, not activations.
+    """
+    if configured == "auto":
+        return SwapPolicy.AVAILABILITY if needed <= 0.9 * available else SwapPolicy.RESOURCE
+    return SwapPolicy(configured)
+
+
+FIRST_RETRY = 30.0
+LONGEST_RETRY = 15 * 60.0
+
+
+def retry_delay(failures: int) -> float:
+    """Seconds until a version that has failed so many times is tried again: what was wrong may have been the store's."""
+    return min(FIRST_RETRY * 2.0 ** (failures - 1), LONGEST_RETRY)

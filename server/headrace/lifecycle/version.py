@@ -8,8 +8,9 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
@@ -20,15 +21,19 @@ from headrace.config import ModelConfig
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
+from headrace.lifecycle.memory import available_memory, resident_bytes
+from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
+from headrace.sources.manifest import Manifest
 from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
+from headrace.threads import lower_priority
 from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
@@ -38,13 +43,41 @@ SHORTEST_JOIN = 1.0
 """Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
 
 
+@dataclass(frozen=True, slots=True)
+class WantedVersion:
+    """A version that is to be served: what it is, and how to get it. `token` tells two contents of one number apart."""
+
+    model: str
+    version: int
+    token: str
+    config: ModelConfig
+    fetch: Callable[[], Awaitable[Fetched]]
+    location: str = ""
+    source: str = ""
+
+    @property
+    def key(self) -> Key:
+        return Key(self.version, self.token)
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time. `digest` is the
+    manifest's sha256; both it and the manifest are there for published versions only."""
+
+    effective: EffectiveModel
+    needed: int
+    available: int
+    digest: str
+    manifest: Manifest | None
+
+
 class ModelVersion:
     """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit`: any thread."""
 
     def __init__(
         self,
-        model: str,
-        version: int,
+        want: WantedVersion,
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
@@ -52,22 +85,30 @@ class ModelVersion:
         on_change: Callable[[ModelVersion], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.model = model
-        self.version = version
+        self.want = want
+        self.model = want.model
+        self.version = want.version
         self.state = VersionState.DISCOVERED
+        self.since = time.time()
         self.reason = ""
+        self.is_prepared = False
+        self.inspection: Inspection | None = None
+        self.memory_bytes = 0
         self.effective: EffectiveModel | None = None
         self.counters = VersionCounters()
         self.latencies: dict[int, float] = {}
         self.load_seconds = 0.0
         self._timer = timer
         self._schedule = schedule
-        self._access_log = VersionAccessLog(access_log, model, version) if access_log else None
+        self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
         self._on_change = on_change
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
-        self._inspection: threading.Thread | None = None
+        self._runners: list[BatchRunner] = []
+        self._inspection_thread: threading.Thread | None = None
+        self._fetched: Fetched | None = None
+        self._leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     def __repr__(self) -> str:
         return f"ModelVersion({self.model}:{self.version}, {self.state.value}, {self._batcher!r})"
@@ -75,6 +116,10 @@ class ModelVersion:
     @property
     def name(self) -> str:
         return f"{self.model}:{self.version}"
+
+    @property
+    def key(self) -> Key:
+        return self.want.key
 
     @property
     def signature(self) -> Signature | None:
@@ -87,7 +132,7 @@ class ModelVersion:
     @property
     def is_busy(self) -> bool:
         """Whether a thread of this version still runs, serving or left behind inside a call that cannot be interrupted."""
-        inspecting = self._inspection is not None and self._inspection.is_alive()
+        inspecting = self._inspection_thread is not None and self._inspection_thread.is_alive()
         return inspecting or any(worker.is_alive for worker in self._workers)
 
     @property
@@ -102,6 +147,7 @@ class ModelVersion:
         """The only place where the state changes."""
         check_move(self.state, state)
         self.state = state
+        self.since = time.time()
         self.reason = reason
         self._on_change(self)
 
@@ -122,16 +168,34 @@ class ModelVersion:
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 
-    async def load(self, config: ModelConfig, fetch: Callable[[], Awaitable[Fetched]], backends: BackendRegistry) -> None:
-        """From DISCOVERED to LIVE or FAILED; never raises for a fault of the artifact or its configuration."""
+    def allow_load(self) -> None:
+        """Give a prepared version leave to load. Until then it takes no memory to speak of."""
+        if not self._leave.done():
+            self._leave.set_result(None)
+
+    async def load(
+        self, backends: BackendRegistry, slots: asyncio.Semaphore, known: Callable[[EffectiveModel], Mapping[int, float]]
+    ) -> None:
+        """From DISCOVERED to LIVE or FAILED; never raises for a fault of the artifact or its configuration.
+
+        Stops in VERIFYING, prepared, until `allow_load`. `slots` bounds how many are fetched and loaded at a time; `known` is asked
+        for the l(b) of a version like this one. Cancelling it ends in UNLOADED.
+        """
         began = time.monotonic()
         try:
-            self.move(VersionState.FETCHING)
-            fetched = await fetch()
-            self.move(VersionState.VERIFYING)
-            effective = await self._inspect(lambda: verify_and_resolve(config, fetched, backends))
-            self.move(VersionState.LOADING)
-            await self._load(effective, fetched.version_directory, backends[effective.backend])
+            async with slots:
+                self.move(VersionState.FETCHING)
+                self._fetched = fetched = await self.want.fetch()
+                self.move(VersionState.VERIFYING)
+                inspection = await self._inspect(lambda: inspect(self.want.config, fetched, backends))
+            self.inspection = inspection
+            self.is_prepared = True
+            self._on_change(self)
+            await self._leave
+            async with slots:
+                self.move(VersionState.LOADING)
+                effective = inspection.effective
+                await self._load(effective, fetched.version_directory, backends[effective.backend], known(effective))
         except asyncio.CancelledError:
             self._abandon()
             raise
@@ -146,50 +210,63 @@ class ModelVersion:
         self.move(VersionState.LIVE)
         self._log_live()
 
-    async def _inspect(self, resolve: Callable[[], EffectiveModel]) -> EffectiveModel:
+    async def _inspect(self, look: Callable[[], Inspection]) -> Inspection:
         """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact is
         nothing that a stopping server waits for."""
-        result: Future[EffectiveModel] = Future()
+        result: Future[Inspection] = Future()
 
         def run() -> None:
             result.set_running_or_notify_cancel()
+            lower_priority()
             try:
-                result.set_result(resolve())
+                result.set_result(look())
             except HeadraceError as error:
                 result.set_exception(error.with_traceback(None))
             except BaseException:
                 log.exception("version failed to load", model=self.model, version=self.version)
                 result.set_exception(LoadError("internal error while reading the model; the server's log has the reason"))
 
-        self._inspection = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
-        self._inspection.start()
+        self._inspection_thread = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
+        self._inspection_thread.start()
         return await asyncio.wrap_future(result)
 
     def _abandon(self) -> None:
         """No longer wanted before it was live. Threads inside a load end after it, by themselves."""
         for worker in self._workers:
             worker.stop()
+        self._release()
         self.move(VersionState.UNLOADING, "no longer wanted")
         self.move(VersionState.UNLOADED, "no longer wanted")
         log.info("version load abandoned", model=self.model, version=self.version)
 
+    def _release(self) -> None:
+        fetched, self._fetched = self._fetched, None
+        if fetched is not None:
+            fetched.release()
+
     def _fail(self, reason: str) -> None:
+        self._release()
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 
-    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend]) -> None:
+    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Mapping[int, float]) -> None:
+        before = resident_bytes()
         try:
-            warm = await self._start_workers(effective, directory, backend)
+            warm = await self._start_workers(effective, directory, backend, known)
         except BatchAxisError as error:
             effective = without_batching(effective, str(error))
-            warm = await self._start_workers(effective, directory, backend)
+            warm = await self._start_workers(effective, directory, backend, {})
+        # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
+        self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
             log.warning("version not warmed up", model=self.model, version=self.version, reason=warm.failure)
         self.latencies = dict(warm.seconds)
         self.effective = effective
         self._open(effective)
 
-    async def _start_workers(self, effective: EffectiveModel, directory: Path, backend: type[Backend]) -> WarmUp:
+    async def _start_workers(
+        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Mapping[int, float]
+    ) -> WarmUp:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
@@ -198,7 +275,7 @@ class ModelVersion:
             self.move(VersionState.WARMING)
         self._workers = workers
         has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
-        warm = functools.partial(warm_up, signature=effective.signature, sizes=sizes, runs=runs, must_run_all=has_to_run_all)
+        warm = functools.partial(warm_up, signature=effective.signature, sizes=sizes, runs=runs, must_run_all=has_to_run_all, known=known)
         ready = [asyncio.wrap_future(worker.prepare(warm)) for worker in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -226,6 +303,7 @@ class ModelVersion:
         inline = inline_rows(self.latencies, limit) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
+            self._runners.append(runner)
             if inline:
                 worker.serve_inline(batcher, runner, inline)
             else:
@@ -254,6 +332,11 @@ class ModelVersion:
             seconds=round(self.load_seconds, 3),
         )
 
+    def screen_outputs(self, on: bool) -> None:
+        """Count answers with NaN or infinity from the next batch on, or no longer. For a version that is live."""
+        for runner in self._runners:
+            runner.screen_outputs = on
+
     async def unload(self, grace: float, reason: str = "unloaded") -> None:
         """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
         deadline = time.monotonic() + grace
@@ -269,6 +352,8 @@ class ModelVersion:
         now = time.monotonic()
         self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
         self._batcher = None
+        self._runners = []
+        self._release()
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)
 
@@ -294,10 +379,13 @@ class ModelVersion:
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
 
 
-def verify_and_resolve(config: ModelConfig, fetched: Fetched, backends: BackendRegistry) -> EffectiveModel:
-    """Nothing of the artifact is parsed before it is known to be what was published."""
-    verify_version(config, fetched.model_directory, fetched.version_directory)
-    return resolve_model(config, fetched.model_directory, fetched.version_directory, backends)
+def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry) -> Inspection:
+    """Nothing of the artifact is parsed before it is known to be what was published. Blocking."""
+    directory = fetched.version_directory
+    manifest, digest = verify_version(config, fetched.model_directory, directory)
+    effective = resolve_model(config, fetched.model_directory, directory, backends)
+    needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    return Inspection(effective, needed, available_memory(), digest, manifest)
 
 
 async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:

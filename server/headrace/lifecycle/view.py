@@ -15,7 +15,14 @@ from headrace.signature import Signature
 from headrace.telemetry.counters import VersionCounters
 
 
-class VersionView(Protocol):
+class Submits(Protocol):
+    """Whoever answers requests."""
+
+    def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        """Validate and enqueue; from any thread. Raises HeadraceError, after which the reply is still the caller's to settle."""
+
+
+class VersionView(Submits, Protocol):
     """One version in any state. `signature` and `effective` are None until it was inspected."""
 
     @property
@@ -39,9 +46,6 @@ class VersionView(Protocol):
     @property
     def load_seconds(self) -> float: ...
 
-    def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
-        """Validate and enqueue; from any thread. Raises HeadraceError, after which the reply is still the caller's to settle."""
-
 
 @dataclass(frozen=True, slots=True)
 class IndexEntry:
@@ -61,7 +65,10 @@ class ModelsView(Protocol):
         """Every wanted version is live (strict readiness)."""
 
     def resolve(self, model: str, version: str) -> VersionView:
-        """The live version that serves this request; `version` empty: the default one. Raises NotFound, NotReady, InvalidRequest."""
+        """The live version of a number or a label; `version` empty: the default one. Raises NotFound, NotReady, InvalidRequest."""
+
+    def choose(self, request: InferRequest) -> Submits:
+        """Whoever is to answer this request: as `resolve`, but that a part of what names no version may go to one on trial."""
 
     def find(self, model: str, version: str) -> Sequence[VersionView]:
         """All known versions that match; empty strings match everything. Raises InvalidRequest on a version that is no number."""

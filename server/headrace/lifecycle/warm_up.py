@@ -11,6 +11,7 @@ import numpy as np
 from headrace.backends.base import Array, Backend
 from headrace.backends.worker import WarmUp
 from headrace.batching.batch_queue import NEVER
+from headrace.batching.latency import worthwhile_batch
 from headrace.errors import HeadraceError
 from headrace.signature import Signature
 
@@ -58,9 +59,19 @@ def synthesise(signature: Signature, rows: int, guess: int) -> dict[str, Array]:
     return inputs
 
 
-def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: int, *, must_run_all: bool = False) -> WarmUp:
+def warm_up(
+    backend: Backend,
+    signature: Signature,
+    sizes: Sequence[int],
+    runs: int,
+    *,
+    must_run_all: bool = False,
+    known: Mapping[int, float] | None = None,
+) -> WarmUp:
     """Run and time the sizes in `runs` rounds, those that are not worth it left out; with `must_run_all` each once at least.
 
+    `known`: l(b) of the version before this one, which is this one's too unless it shows itself slower. Measuring takes half a
+    second of a core that serves, and beside other load it measures that. Then only the sizes that will be used are run.
     Synthesised inputs that the model refuses are no failure of the model: it says so and goes on.
     Raises BatchAxisError when the model batches by its signature but not in fact.
     """
@@ -70,6 +81,8 @@ def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: 
     for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
             _check_batch_axis(backend, signature, sizes, guess)
+            if known and _is_as_fast(backend, signature, guess, sizes if must_run_all else _used(known, sizes), known):
+                return WarmUp(known)
             sample = functools.partial(_sample, backend, signature, guess)
             return WarmUp(measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET)))
         except BatchAxisError:
@@ -77,6 +90,31 @@ def warm_up(backend: Backend, signature: Signature, sizes: Sequence[int], runs: 
         except HeadraceError as error:
             failure = str(error)
     return WarmUp({}, failure)
+
+
+SLOWER = 1.5
+SLOWER_BY = 50e-6
+"""Times the l(b) of the version before, and seconds; beyond both the new one is measured anew."""
+
+
+def _used(known: Mapping[int, float], sizes: Sequence[int]) -> list[int]:
+    limit = worthwhile_batch(known, max(sizes))
+    return [size for size in sizes if size <= limit]
+
+
+def _is_as_fast(backend: Backend, signature: Signature, guess: int, sizes: Sequence[int], known: Mapping[int, float]) -> bool:
+    """Runs each size twice, the first time for what is done once. By the thread's CPU time: others may be busy on this core.
+
+    Work on other threads and devices is not in that, so those pass; what they take shows in the batches to come.
+    """
+    for rows in sizes:
+        inputs = synthesise(signature, rows, guess)
+        backend.warm(inputs)
+        began = time.thread_time()
+        backend.warm(inputs)
+        if time.thread_time() - began > SLOWER * known.get(rows, NEVER) + SLOWER_BY:
+            return False
+    return True
 
 
 def has_free_dimension(signature: Signature) -> bool:

@@ -63,7 +63,7 @@ class InferenceService:
 
     def _submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         for attempt in range(1, MAX_RESOLVES + 1):
-            version = self._models.resolve(request.model, request.version)
+            version = self._models.choose(request)
             try:
                 version.submit(request, reply, arrived)
                 return

@@ -22,13 +22,12 @@ class VersionRef:
 
     `token` changes when the content does; equal tokens mean that nothing needs doing. `location` is for people. `is_complete` is
     False where only time can tell: files without a manifest that somebody may still be copying. Such a version is taken once its
-    token has been the same for a while; `changed_at` (wall clock) lets a server that has just started take old files at once.
+    token has been the same for a while.
     """
 
     token: str
     location: str
     is_complete: bool = True
-    changed_at: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

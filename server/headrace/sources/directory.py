@@ -113,13 +113,11 @@ def _read_version(directory: Path, beside: Sequence[Path], served_with: str) -> 
     Reads no content but a manifest's. Links are followed, so that Kubernetes' swap of ..data shows as another inode.
     """
     digest = hashlib.sha256(served_with.encode())
-    changed_at = 0.0
     for path in [*beside, *_walk(directory)]:
         stat = path.stat()
         name = os.fsencode(path.relative_to(directory.parent))
         digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())
-        changed_at = max(changed_at, stat.st_ctime)
-    return VersionRef(digest.hexdigest()[:16], str(directory), is_copied_whole(directory), changed_at)
+    return VersionRef(digest.hexdigest()[:16], str(directory), is_copied_whole(directory))
 
 
 def _walk(directory: Path) -> Iterator[Path]:

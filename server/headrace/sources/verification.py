@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,8 +24,8 @@ from headrace.telemetry.log import get_logger
 log = get_logger(__name__)
 
 
-def verify_version(config: ModelConfig, model_directory: Path, version_directory: Path) -> None:
-    """Raises LoadError.
+def verify_version(config: ModelConfig, model_directory: Path, version_directory: Path) -> tuple[Manifest | None, str]:
+    """The manifest and its sha256. Raises LoadError.
 
     A directory without a manifest was put there by hand and is taken as it is, unless the model requires signatures.
     """
@@ -36,8 +37,11 @@ def verify_version(config: ModelConfig, model_directory: Path, version_directory
             if config.signature_policy == "require":
                 raise
             log.warning("signature not valid", model=config.name, version=version_directory.name, reason=str(error))
-    if raw is not None:
-        verify_files(version_directory, _decode(version_directory, raw))
+    if raw is None:
+        return None, ""
+    manifest = _decode(version_directory, raw)
+    verify_files(version_directory, manifest)
+    return manifest, hashlib.sha256(raw).hexdigest()
 
 
 def _check_signed(config: ModelConfig, model_directory: Path, version_directory: Path, raw: bytes | None) -> None:

@@ -58,6 +58,8 @@ def configure_logging(format: str, level: str, stream: TextIO | None = None) -> 
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    # It tells of each batch of changes; what comes of them is told by us.
+    logging.getLogger("watchfiles").setLevel(logging.WARNING)
 
 
 def _renderers(format: str, stream: TextIO) -> list[Processor]:

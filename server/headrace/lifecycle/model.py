@@ -1,0 +1,513 @@
+"""One model: the versions there are, those that are wanted, and the route by which requests find them.
+
+How it works. Whatever happens (an offer, a change of a version's state, an operator's word) ends in `changed`: the route is
+brought up to date at once, and once per turn of the event loop the pure policy is asked for steps until it has none. Nothing
+waits for anything here: fetching, loading and draining are tasks that end in another change of state.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from headrace.backends.base import BackendRegistry
+from headrace.batching.batcher import Schedule, Timer
+from headrace.config import ModelConfig, RolloutConfig
+from headrace.errors import FailedPrecondition, LoadError, NotFound
+from headrace.lifecycle.effective import EffectiveModel
+from headrace.lifecycle.events import SERVER, Actor, EventLog
+from headrace.lifecycle.labels import Labels
+from headrace.lifecycle.policy import (
+    Action,
+    Key,
+    Step,
+    SwapPolicy,
+    VersionStatus,
+    next_step,
+    retry_delay,
+    select_versions,
+    swap_policy,
+    wanted_versions,
+)
+from headrace.lifecycle.routes import Route
+from headrace.lifecycle.state import VersionState
+from headrace.lifecycle.tasks import Tasks
+from headrace.lifecycle.trial import Trial
+from headrace.lifecycle.version import ModelVersion, WantedVersion
+from headrace.telemetry.access_log import AccessLog
+from headrace.telemetry.log import get_logger
+
+log = get_logger(__name__)
+
+ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
+REMEMBERED = 4
+"""Unloaded versions that the index still shows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What every model needs of the server."""
+
+    backends: BackendRegistry
+    timer: Callable[[], Timer]
+    schedule: Schedule
+    slots: asyncio.Semaphore
+    tasks: Tasks
+    events: EventLog
+    access_log: AccessLog | None
+    drain_grace: float
+    notify: Callable[[], None]
+    unloaded: Callable[[ModelVersion], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """What is to be had of a model now, and how it is to be served."""
+
+    source: str
+    config: ModelConfig
+    versions: Mapping[int, WantedVersion]
+    labels: Mapping[str, int]
+
+
+class Model:
+    """Owns one model's versions, labels and trial. Event loop only, but for `route`, which any thread may read."""
+
+    def __init__(self, name: str, parts: Parts) -> None:
+        self.name = name
+        self.route = Route()
+        self.offer: Offer | None = None
+        self.error = ""
+        self.error_source = ""
+        self.versions: list[ModelVersion] = []
+        self.unloaded: dict[int, str] = {}
+        self.labels = Labels()
+        self.trial: Trial | None = None
+        self.blocked: dict[Key, str] = {}
+        self._parts = parts
+        self._loads: dict[ModelVersion, asyncio.Task[None]] = {}
+        self._leaving: set[ModelVersion] = set()
+        self._failures: dict[Key, int] = {}
+        self._held: set[Key] | None = None
+        self._preferred: tuple[Key, int] | None = None
+        self._is_due = False
+        self._is_closed = False
+        self._settled = asyncio.Event()
+        self._settled.set()
+
+    def __repr__(self) -> str:
+        return f"Model({self.name}, {self.versions!r}, default={self.route.default and self.route.default.version})"
+
+    # -- what is wanted ------------------------------------------------------------------------------------------------
+
+    def set_offer(self, offer: Offer) -> None:
+        """Work towards what is offered now; with no versions in it all are unloaded. `error` of an earlier offer is forgotten."""
+        self.offer = offer
+        self.error = ""
+        self.labels.configure({**offer.config.labels, **offer.labels})
+        offered = {version.key for version in offer.versions.values()}
+        self._failures = {key: count for key, count in self._failures.items() if key in offered}
+        if offer.versions and not self._selected():
+            there = ", ".join(map(str, sorted(offer.versions)))
+            self.error = f"version_policy '{offer.config.version_policy}' selects none of its versions: {there}"
+        self.changed()
+
+    def withdraw(self) -> None:
+        """Nothing is offered any more; the model stays known."""
+        self.offer = None
+        self.error = ""
+        self.changed()
+
+    def remember(self, blocked: Mapping[Key, str], labels: Mapping[str, int]) -> None:
+        """What an earlier run of the server left. Before the first offer."""
+        self.blocked.update(blocked)
+        self.labels.remember(labels)
+
+    def _selected(self) -> set[Key]:
+        if self.offer is None:
+            return set()
+        there = {number: want.key for number, want in self.offer.versions.items() if want.key not in self.blocked}
+        return {there[number] for number in select_versions(there, self.offer.config.version_policy)}
+
+    def wanted(self) -> set[Key]:
+        if self.offer is None:
+            return set()
+        default = self.route.default
+        wanted = wanted_versions(
+            {number: want.token for number, want in self.offer.versions.items()},
+            self.offer.config.version_policy,
+            blocked=self.blocked.keys(),
+            failed={version.key for version in self.versions if version.state is VersionState.FAILED},
+            labelled=self.labels.versions,
+            serving=default.key if default is not None else None,
+        )
+        if self.trial is not None:
+            wanted |= {self.trial.candidate.key, self.trial.baseline.key}
+        if self._held is not None:
+            wanted |= self._held
+        # What a trial or a serving version holds on to may be gone from the source: then there is nothing to start again.
+        return wanted & ({version.key for version in self.versions} | {want.key for want in self.offer.versions.values()})
+
+    def traffic(self, version: ModelVersion) -> float:
+        """Percent of the requests that name no version which this one answers."""
+        trial = self.trial if self.trial is not None and self.trial.is_running else None
+        share = trial.config.percent if trial is not None and trial.config.mode == "canary" else 0.0
+        if trial is not None and version is trial.candidate and share:
+            return share
+        return 100.0 - share if version is self.route.default else 0.0
+
+    @property
+    def is_gone(self) -> bool:
+        """Nothing is offered and nothing is left."""
+        return self.offer is not None and not self.offer.versions and not self.versions and not self.error
+
+    @property
+    def is_serving(self) -> bool:
+        return self.route.default is not None
+
+    # -- steps ---------------------------------------------------------------------------------------------------------
+
+    def changed(self) -> None:
+        """Bring the route up to date, and see to the next steps once everything that happens now has happened."""
+        if self._is_closed:
+            return
+        self._update_route()
+        if not self._is_due:
+            self._is_due = True
+            self._settled.clear()
+            asyncio.get_running_loop().call_soon(self._reconcile)
+        self._parts.notify()
+
+    def _reconcile(self) -> None:
+        self._is_due = False
+        if self._is_closed:
+            return
+        while (step := next_step(self.wanted(), self._statuses(), self._swap_policy())) is not None:
+            self._take(step)
+        if not any(version.state in ARRIVING for version in self.versions):
+            self._settled.set()
+        self._parts.notify()
+
+    def _statuses(self) -> list[VersionStatus]:
+        return [VersionStatus(v.key, VersionState.DRAINING if v in self._leaving else v.state, v.is_prepared) for v in self.versions]
+
+    def _swap_policy(self) -> SwapPolicy:
+        """As configured; by what the newest version that waits to be loaded needs, where memory is to decide."""
+        configured = self.offer.config.swap_policy if self.offer else "availability"
+        waiting = [v for v in self.versions if v.is_prepared and v.state is VersionState.VERIFYING and v.inspection is not None]
+        if not waiting:
+            return swap_policy(configured, 0, 1)
+        newest = max(waiting, key=lambda v: v.key)
+        assert newest.inspection is not None
+        needed = max([newest.inspection.needed, *(v.memory_bytes for v in self.versions if v.is_live)])
+        return swap_policy(configured, needed, newest.inspection.available)
+
+    def _take(self, step: Step) -> None:
+        if step.action is Action.START:
+            self._start(step.key)
+            return
+        version = next(v for v in self.versions if v.key == step.key and v not in self._leaving)
+        if step.action is Action.LOAD:
+            version.allow_load()
+            version.is_prepared = False
+        elif version.state is VersionState.FAILED:
+            self._forget(version)
+        elif version.is_live:
+            self._leaving.add(version)
+            self._parts.tasks.start(self._unload(version, "unloaded"), f"unload {version.name}")
+            self._update_route()
+        else:
+            self._leaving.add(version)
+            self._loads[version].cancel()
+
+    def _start(self, key: Key) -> None:
+        assert self.offer is not None
+        version = ModelVersion(
+            self.offer.versions[key.number],
+            timer=self._parts.timer,
+            schedule=self._parts.schedule,
+            access_log=self._parts.access_log,
+            on_change=self._version_changed,
+        )
+        self.versions.append(version)
+        self.unloaded.pop(key.number, None)
+        self._loads[version] = self._parts.tasks.start(self._load(version), f"load {version.name}")
+
+    async def _load(self, version: ModelVersion) -> None:
+        try:
+            await version.load(self._parts.backends, self._parts.slots, self._known_latencies)
+        finally:
+            self._loads.pop(version, None)
+            if version.state is VersionState.UNLOADED:
+                self._remove(version)
+
+    def _known_latencies(self, effective: EffectiveModel) -> Mapping[int, float]:
+        """l(b) of the serving version, if this one takes and gives the same and runs in the same way."""
+        default = self.route.default
+        if default is None or default.effective is None:
+            return {}
+        before = default.effective
+        is_alike = (before.backend, before.signature, before.batching, before.instances) == (
+            effective.backend,
+            effective.signature,
+            effective.batching,
+            effective.instances,
+        )
+        return default.latencies if is_alike else {}
+
+    async def _unload(self, version: ModelVersion, reason: str) -> None:
+        await version.unload(self._parts.drain_grace, reason)
+        self._remove(version)
+
+    def _forget(self, version: ModelVersion) -> None:
+        version.move(VersionState.UNLOADED, version.reason)
+        self._remove(version)
+
+    def _remove(self, version: ModelVersion) -> None:
+        self._leaving.discard(version)
+        if version in self.versions:
+            self.versions.remove(version)
+        self.unloaded[version.version] = version.reason
+        while len(self.unloaded) > REMEMBERED:
+            del self.unloaded[next(iter(self.unloaded))]
+        self._parts.unloaded(version)
+        self.changed()
+
+    def _version_changed(self, version: ModelVersion) -> None:
+        kind = _EVENTS.get(version.state)
+        has_served = bool(version.load_seconds)
+        if kind is not None and (has_served or version.state is not VersionState.UNLOADED):
+            self._parts.events.record(kind, self.name, version.version, reason=version.reason, fields=_fields(version))
+        if version.state is VersionState.FAILED:
+            self._retry_later(version)
+        self.changed()
+
+    def _retry_later(self, version: ModelVersion) -> None:
+        """Not where the old version would have to go again to make room for what may fail again."""
+        count = self._failures[version.key] = self._failures.get(version.key, 0) + 1
+        was_verified = version.inspection is not None
+        if not was_verified or self._swap_policy() is SwapPolicy.AVAILABILITY:
+            asyncio.get_running_loop().call_later(retry_delay(count), self._retry, version)
+
+    def _retry(self, version: ModelVersion) -> None:
+        if version in self.versions and version.state is VersionState.FAILED and not self._is_closed:
+            log.info("version tried again", model=self.name, version=version.version, failures=self._failures.get(version.key, 0))
+            self._forget(version)
+
+    # -- the route -----------------------------------------------------------------------------------------------------
+
+    def _update_route(self) -> None:
+        live: dict[int, ModelVersion] = {}
+        for version in self.versions:  # in the order of their start: of one number's contents the newest counts
+            if version.is_live and version not in self._leaving and (self._held is None or version.key in self._held):
+                live[version.version] = version
+        for label, before, after in self.labels.settle(live):
+            self._parts.events.record("label", self.name, after, fields={"label": label, "from": str(before)})
+        default = self._choose_default(live)
+        before_default = self.route.default
+        divert = self.trial.divert if self.trial is not None and self.trial.is_running else None
+        self.route = Route(default, live, dict(self.labels.current), divert)
+        if default is not before_default and default is not None:
+            old = before_default.version if before_default is not None else 0
+            self._parts.events.record("flip", self.name, default.version, fields={"from": str(old)})
+            log.info("version serves", model=self.name, version=default.version, instead_of=old or None)
+
+    def _choose_default(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
+        """1. What a trial says. 2. The newest live version that the policy selects, perhaps after a trial. 3. What served so far.
+        4. The newest that is live."""
+        current = self.route.default if self.route.default in live.values() else None
+        if self.trial is not None and not {self.trial.candidate, self.trial.baseline} <= set(live.values()):
+            self._end_trial("superseded", "one of its versions went away")
+        if self.trial is not None and self.trial.is_running:
+            newer = self._target(live)
+            if newer in (None, self.trial.candidate, self.trial.baseline):
+                return self.trial.default
+            self._end_trial("superseded", f"version {newer.version} came")
+        target = self._target(live)
+        if target is None:
+            return current or (live[max(live)] if live else None)
+        if current is not None and target is not current and self._is_tried(target, current):
+            self._begin_trial(target, current, self.offer.config.rollout if self.offer else RolloutConfig())
+            assert self.trial is not None
+            return self.trial.default
+        return target
+
+    def _target(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
+        """The newest of the selected; or an older one that was promoted when there was nothing newer than now."""
+        selected = self._selected()
+        chosen = [version for version in live.values() if version.key in selected]
+        newest = max(chosen, key=lambda version: version.version, default=None)
+        if newest is not None and self._preferred is not None:
+            preferred, known = self._preferred
+            return next((version for version in chosen if version.key == preferred and newest.version <= known), newest)
+        return newest
+
+    def _is_tried(self, target: ModelVersion, current: ModelVersion) -> bool:
+        """Going back is never on trial."""
+        return (
+            self.offer is not None
+            and self.offer.config.rollout.mode != "direct"
+            and target.version >= current.version
+            and current.key not in self.blocked
+        )
+
+    # -- trials --------------------------------------------------------------------------------------------------------
+
+    def _begin_trial(self, candidate: ModelVersion, baseline: ModelVersion, config: RolloutConfig, actor: Actor | None = None) -> None:
+        self.trial = Trial(candidate, baseline, config, self._conclude)
+        actor = actor or Actor()
+        fields = {"mode": config.mode, "percent": f"{config.percent:g}", "from": str(baseline.version)}
+        self._parts.events.record("rollout", self.name, candidate.version, who=actor.name, reason=actor.reason, fields=fields)
+        log.info("rollout began", model=self.name, version=candidate.version, **fields)
+        self._parts.tasks.start(self.trial.watch(), f"watch {candidate.name}")
+
+    def _conclude(self, trial: Trial, phase: str, reason: str) -> None:
+        """The trial's own verdict."""
+        if trial is not self.trial:
+            return
+        if phase == "promoted":
+            self.promote_candidate(Actor(reason=reason))
+        elif phase == "rolled_back":
+            self.give_up(trial.candidate, Actor(reason=reason))
+        else:
+            log.info("rollout passed", model=self.name, version=trial.candidate.version, waits_for="headrace models promote")
+            self._parts.events.record("passed", self.name, trial.candidate.version, reason=reason)
+            self.changed()
+
+    def _end_trial(self, phase: str, reason: str) -> None:
+        assert self.trial is not None
+        trial, self.trial = self.trial, None
+        trial.end(phase, reason)
+        if phase == "superseded":
+            self._parts.events.record("superseded", self.name, trial.candidate.version, reason=reason)
+
+    def promote_candidate(self, actor: Actor) -> None:
+        """The candidate becomes the version that serves; the old one is unloaded."""
+        assert self.trial is not None
+        candidate = self.trial.candidate
+        self._parts.events.record("promoted", self.name, candidate.version, who=actor.name, reason=actor.reason)
+        log.info("version promoted", model=self.name, version=candidate.version, reason=actor.reason, who=actor.name)
+        self._preferred = (candidate.key, max(self.route.live))
+        self._end_trial("promoted", actor.reason)
+        self.route = replace(self.route, default=candidate)
+        self.changed()
+
+    def give_up(self, version: ModelVersion, actor: Actor) -> None:
+        """Roll back: what served before serves, and this content is not taken up again."""
+        baseline = self.trial.baseline if self.trial is not None and self.trial.candidate is version else None
+        self.blocked[version.key] = actor.reason
+        self._parts.events.record(
+            "rolled_back", self.name, version.version, who=actor.name, reason=actor.reason, fields={"token": version.key.token}
+        )
+        log.warning("version rolled back", model=self.name, version=version.version, reason=actor.reason, who=actor.name)
+        if baseline is not None:
+            self._end_trial("rolled_back", actor.reason)
+            self.route = replace(self.route, default=baseline)
+        self.changed()
+
+    def take_up(self, number: int, actor: Actor) -> bool:
+        """Forget that a version was rolled back. False where it was not."""
+        keys = [key for key in self.blocked if key.number == number]
+        for key in keys:
+            del self.blocked[key]
+        if keys:
+            self._parts.events.record("taken_up", self.name, number, who=actor.name, reason=actor.reason)
+            self.changed()
+        return bool(keys)
+
+    def set_trial(self, number: int, mode: str, percent: float, actor: Actor) -> None:
+        """Put a live version on trial, or change the trial it is on; by hand, so it is promoted by hand."""
+        version, default = self.route.live.get(number), self.route.default
+        if version is None or default is None:
+            raise NotFound(f"model '{self.name}' has no live version {number}; live: {', '.join(map(str, sorted(self.route.live)))}")
+        trial = self.trial
+        if trial is not None and trial.candidate is version:
+            trial.change(mode, percent)
+            fields = {"mode": mode, "percent": f"{percent:g}"}
+            self._parts.events.record("traffic", self.name, number, who=actor.name, reason=actor.reason, fields=fields)
+        elif version is default:
+            raise FailedPrecondition(f"version {number} of '{self.name}' serves already; expected another live version")
+        else:
+            if trial is not None:
+                self._end_trial("superseded", f"version {number} was put on trial by {actor.name}")
+            config = self.offer.config.rollout if self.offer else RolloutConfig()
+            self._begin_trial(version, default, replace(config, mode=mode, percent=percent, promote="manual"), actor)
+        self.changed()
+
+    def set_label(self, label: str, version: int, actor: Actor) -> None:
+        before = self.labels.current.get(label, 0)
+        self.labels.move(label, version, self.route.live)
+        moved = dict(self.labels.current)
+        for name, old, new in self.labels.settle(self.route.live):
+            mine = name == label
+            who, reason = (actor.name, actor.reason) if mine else (SERVER, "")
+            fields = {"label": name, "from": str(old)}
+            self._parts.events.record("label", self.name, new, who=who, reason=reason, fields=fields)
+        if before == version and moved == self.labels.current:
+            return
+        self.changed()
+
+    # -- all or nothing ------------------------------------------------------------------------------------------------
+
+    async def settle(self) -> None:
+        """Wait until nothing is on its way to being live."""
+        await self._settled.wait()
+
+    async def load_whole(self, offer: Offer) -> None:
+        """As `set_offer`, but nothing of it serves before all of it is live; otherwise all stays as it was.
+
+        Raises LoadError with Triton's text for the first version that failed.
+        """
+        before = self.offer or Offer(offer.source, offer.config, {}, {})
+        self._held = {version.key for version in self.route.live.values()}
+        try:
+            for version in [v for v in self.versions if v.state is VersionState.FAILED]:
+                self._forget(version)
+            self.set_offer(offer)
+            await self.settle()
+            failed = [v for v in self.versions if v.state is VersionState.FAILED and v.key in self._selected()]
+            if failed:
+                first = failed[0]
+                text = f"load failed for model '{self.name}': version {first.version} is at UNAVAILABLE state: {first.reason};"
+                self.set_offer(before)
+                raise LoadError(text)
+        finally:
+            self._held = None
+            self.changed()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    async def close(self, grace: float, reason: str) -> None:
+        """Take no more requests, drain, give everything back. Loads are cancelled."""
+        self._is_closed = True
+        self.route = Route()
+        if self.trial is not None:
+            self._end_trial("ended", reason)
+        for task in self._loads.values():
+            task.cancel()
+        await asyncio.gather(*self._loads.values(), return_exceptions=True)
+        await asyncio.gather(*(version.unload(grace, reason) for version in self.versions))
+
+
+_EVENTS = {
+    VersionState.FETCHING: "loading",
+    VersionState.LIVE: "live",
+    VersionState.FAILED: "failed",
+    VersionState.UNLOADED: "unloaded",
+}
+
+
+def _fields(version: ModelVersion) -> dict[str, str]:
+    fields = {"token": version.key.token, "location": version.want.location}
+    if version.inspection is not None and version.inspection.digest:
+        fields["digest"] = version.inspection.digest
+    return fields
+
+
+def labels_of(model: Model) -> dict[int, tuple[str, ...]]:
+    """Labels by version."""
+    found: dict[int, tuple[str, ...]] = {}
+    for label, version in sorted(model.labels.current.items()):
+        found[version] = (*found.get(version, ()), label)
+    return found
