@@ -226,9 +226,11 @@ class Bench:
 async def _poll(look: Callable[[], str]) -> str | None:
     """The first thing that `look` finds; None when the time is up. It is called in a thread."""
     until = time.monotonic() + PATIENCE
-    while not (found := await asyncio.to_thread(look)) and time.monotonic() < until:
-        await asyncio.sleep(0.2)  # another process's state, which sends no event
-    return found or None
+    while True:
+        found = await asyncio.to_thread(look)
+        if found or time.monotonic() > until:
+            return found or None
+        await asyncio.sleep(0.2)
 
 
 async def observe(bench: Bench, kind: str, trial: Callable[[Bench, Outcome], Awaitable[None]]) -> Outcome:
