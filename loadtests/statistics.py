@@ -36,8 +36,8 @@ class Spread:
 
 def _digits(value: float) -> str:
     rounded = float(f"{value:.3g}")
-    if rounded == 0:
-        return "0"
+    if rounded == 0 or not np.isfinite(rounded):
+        return f"{rounded:g}"
     places = max(0, 2 - int(np.floor(np.log10(abs(rounded)))))
     return f"{rounded:,.{places}f}".replace(",", " ")
 
