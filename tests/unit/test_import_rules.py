@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.batch_queue",
         "headrace.batching.assemble",
         "headrace.batching.latency",
+        "headrace.batching.screening",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
         "headrace.lifecycle.rollout",
@@ -52,7 +53,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.event_loop",
         "headrace.sources.publish",
     ),
-    ("headrace.backends.worker", "headrace.lifecycle.warm_up", "headrace.lifecycle.version", "headrace.lifecycle.manager"),
+    (
+        "headrace.backends.worker",
+        "headrace.lifecycle.warm_up",
+        "headrace.lifecycle.version",
+        "headrace.lifecycle.shadow",
+        "headrace.lifecycle.manager",
+    ),
     ("headrace.telemetry", "headrace.rpc", "headrace.http"),
     ("headrace.app",),
     ("headrace.testing", "headrace.cli"),
@@ -61,8 +68,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy",
-    "headrace.lifecycle.rollout", "headrace.wire",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.screening", "headrace.lifecycle.state",
+    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

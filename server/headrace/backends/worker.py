@@ -14,6 +14,7 @@ from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
+from headrace.batching.screening import count_nonfinite
 from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
@@ -31,7 +32,10 @@ class Encoder(Protocol):
 
 
 class BatchRunner:
-    """Runs one batch start to end on the calling thread. Owns nothing that changes."""
+    """Runs one batch start to end on the calling thread.
+
+    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread.
+    """
 
     def __init__(
         self,
@@ -42,6 +46,7 @@ class BatchRunner:
         shard: CounterShard,
         access_log: VersionAccessLog | None = None,
     ) -> None:
+        self.screen_outputs = False
         self._access_log = access_log
         self._signature = signature
         self._encoder = encoder
@@ -90,6 +95,8 @@ class BatchRunner:
             output_start=output_start,
             done=time.monotonic(),
         )
+        if self.screen_outputs:
+            self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))
         self._shard.record_batch(times)
         return answers
 

@@ -67,6 +67,7 @@ class ModelVersion:
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
+        self._runners: list[BatchRunner] = []
         self._inspection: threading.Thread | None = None
 
     def __repr__(self) -> str:
@@ -226,6 +227,7 @@ class ModelVersion:
         inline = inline_rows(self.latencies, limit) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
+            self._runners.append(runner)
             if inline:
                 worker.serve_inline(batcher, runner, inline)
             else:
@@ -254,6 +256,11 @@ class ModelVersion:
             seconds=round(self.load_seconds, 3),
         )
 
+    def screen_outputs(self, on: bool) -> None:
+        """Count answers with NaN or infinity from the next batch on, or no longer. For a version that is live."""
+        for runner in self._runners:
+            runner.screen_outputs = on
+
     async def unload(self, grace: float, reason: str = "unloaded") -> None:
         """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
         deadline = time.monotonic() + grace
@@ -269,6 +276,7 @@ class ModelVersion:
         now = time.monotonic()
         self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
         self._batcher = None
+        self._runners = []
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)
 

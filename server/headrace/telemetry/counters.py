@@ -18,6 +18,7 @@ import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from math import log
 from typing import TypeVar
 
 Number = TypeVar("Number", int, float)
@@ -36,6 +37,8 @@ series per stage and version, hence not finer. The same for all versions: PromQL
 ROW_EDGES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 _BUCKETS = len(DURATION_EDGES) + 1
+_LOG_OF_NOTHING = log(1e-9)
+"""For a batch that took less than the clock can tell."""
 _FEW = 8
 """Up to here one bisect a request costs no more than sorting the batch (0.75 µs either way at 8; 1.4 and 1.05 at 16)."""
 
@@ -110,6 +113,7 @@ class CounterShard:
         "failure_seconds",
         "failures",
         "last_inference",
+        "nonfinite",
         "padding",
         "seconds",
         "success",
@@ -124,6 +128,7 @@ class CounterShard:
         self.dispatches = [0] * len(DispatchReason)
         self.failures = [0] * len(FailureReason)
         self.failure_seconds = [0.0] * len(FailureReason)
+        self.nonfinite = 0
         self.padding = 0
         self.success = 0
         self.last_inference = 0.0
@@ -153,14 +158,22 @@ class CounterShard:
         seconds[4] += compute_output * requests
         size = self.batch_sizes.get(times.rows)
         if size is None:
-            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0]
+            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
         size[1] += compute_input
         size[2] += compute
         size[3] += compute_output
+        size[4] += compute * compute
+        logarithm = log(compute) if compute > 0 else _LOG_OF_NOTHING
+        size[5] += logarithm
+        size[6] += logarithm * logarithm
         size[0] += 1
         self.padding += times.padded_rows - times.rows
         self.last_inference = self.wall_clock()
         self.success += requests
+
+    def record_nonfinite(self, count: int) -> None:
+        """Count `count` requests of a batch whose answers hold NaN or infinity; they have succeeded all the same."""
+        self.nonfinite += count
 
     def record_dispatch(self, reason: DispatchReason) -> None:
         """Count a batch that was handed to an instance."""
@@ -200,12 +213,16 @@ def _count_durations(buckets: list[int], end: float, starts: Sequence[float]) ->
 
 @dataclass(frozen=True, slots=True)
 class BatchSizeCounts:
-    """Executions of one batch size and the seconds they spent."""
+    """Executions of one batch size and the seconds they spent. For comparing versions also the sums of the squares of their
+    compute seconds, of the logarithms and of the squares of these: how much times vary, and what is typical despite stray ones."""
 
     executions: int
     compute_input: float
     compute: float
     compute_output: float
+    compute_squares: float
+    compute_logs: float
+    compute_log_squares: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +232,7 @@ class CounterSnapshot:
     `buckets[stage]`: counts per bucket of DURATION_EDGES and one beyond the last (not cumulative), `seconds[stage]` their sums,
     one entry a request. `row_buckets` likewise over ROW_EDGES, one entry a batch. `batch_sizes` is by rows, ascending.
     `failures` and `failure_seconds` are by FailureReason, `dispatches` by DispatchReason; `last_inference` is the wall clock's.
+    `nonfinite`: requests answered with NaN or infinity, of those that were looked at (BatchRunner.screen_outputs).
     """
 
     success: int
@@ -229,6 +247,7 @@ class CounterSnapshot:
     row_buckets: tuple[int, ...]
     batch_sizes: dict[int, BatchSizeCounts]
     last_inference: float
+    nonfinite: int
 
 
 class VersionCounters:
@@ -263,6 +282,7 @@ class VersionCounters:
             row_buckets=_row_buckets(sizes),
             batch_sizes=sizes,
             last_inference=max([shard.last_inference for shard in shards], default=0.0),
+            nonfinite=sum([shard.nonfinite for shard in shards]),
         )
 
 

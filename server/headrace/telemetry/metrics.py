@@ -37,6 +37,7 @@ _COUNTERS: tuple[tuple[str, str, _Count], ...] = (
     ("headrace_rows_total", "Rows inferred, without padding.", lambda counts: counts.rows),
     ("headrace_batches_total", "Batches run.", lambda counts: counts.batches),
     ("headrace_padding_rows_total", "Rows added to reach an allowed batch size.", lambda counts: counts.padding),
+    ("headrace_nonfinite_answers_total", "Answers with NaN or infinity, counted while a rollout watches.", lambda counts: counts.nonfinite),
     ("nv_inference_request_success", "Requests answered.", lambda counts: counts.success),
     ("nv_inference_count", "Rows inferred, without padding.", lambda counts: counts.rows),
     ("nv_inference_exec_count", "Batches run.", lambda counts: counts.batches),

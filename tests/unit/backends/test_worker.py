@@ -159,3 +159,15 @@ def test_a_worker_stopped_while_it_loads_does_not_warm_up_and_closes_what_it_loa
     assert Slow.live == []
     with pytest.raises(LoadError, match="stopped while it was loaded"):
         ready.result(timeout=0)
+
+
+def test_answers_with_nan_are_counted_only_while_they_are_screened() -> None:
+    counters = VersionCounters()
+    runner = BatchRunner("m:1", SIGNATURE, RowsEncoder(), (), counters.shard())
+    backend = FakeBackend.make(lambda inputs: [np.array([[1.0, np.nan], [1.0, 2.0]], "<f4")])(Path(), InstanceConfig())
+    tickets = [make_ticket(CollectingOutlet()) for _ in range(2)]
+    for on, counted in ((False, 0), (True, 1), (False, 1)):
+        runner.screen_outputs = on
+        assert runner.run(backend, tickets, time.monotonic()) == [b"answer"] * 2
+        assert counters.snapshot().nonfinite == counted
+    assert counters.snapshot().success == 6
