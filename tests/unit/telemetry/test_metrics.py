@@ -63,6 +63,13 @@ async def test_rows_of_batches() -> None:
     assert series[key("headrace_padding_rows_total")] == 2
 
 
+async def test_answers_that_are_not_finite_are_shown_from_the_start() -> None:
+    version = FakeVersion("m").run(3, rows=3, padded_rows=3, seconds=0.01)
+    assert (await scrape(version))[key("headrace_nonfinite_answers_total")] == 0
+    version.counters.shard().record_nonfinite(2)
+    assert (await scrape(version))[key("headrace_nonfinite_answers_total")] == 2
+
+
 @FORMATS
 async def test_tritons_counters_keep_their_names_without_total(accept: str) -> None:
     version = FakeVersion("m", pending_requests=3, load_seconds=1.5).run(2, rows=4, padded_rows=4, seconds=0.01)
