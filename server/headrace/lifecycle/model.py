@@ -190,7 +190,14 @@ class Model:
         self._parts.notify()
 
     def _statuses(self) -> list[VersionStatus]:
-        return [VersionStatus(v.key, VersionState.DRAINING if v in self._leaving else v.state, v.is_prepared) for v in self.versions]
+        return [
+            VersionStatus(v.key, VersionState.DRAINING if v in self._leaving else v.state, v.is_prepared, self._is_offered(v))
+            for v in self.versions
+        ]
+
+    def _is_offered(self, version: ModelVersion) -> bool:
+        want = self.offer.versions.get(version.version) if self.offer is not None else None
+        return want is not None and want.key == version.key and version.key not in self.blocked
 
     def _swap_policy(self) -> SwapPolicy:
         """As configured; by what the newest version that waits to be loaded needs, where memory is to decide."""
@@ -314,8 +321,8 @@ class Model:
             log.info("version serves", model=self.name, version=default.version, instead_of=old or None)
 
     def _choose_default(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
-        """1. What a trial says. 2. The newest live version that the policy selects, perhaps after a trial. 3. What served so far.
-        4. The newest that is live."""
+        """1. What a trial says. 2. The newest live version that the policy selects, perhaps after a trial. 3. One that is newer than
+        what serves, though overtaken. 4. What served so far. 5. The newest that is live."""
         current = self.route.default if self.route.default in live.values() else None
         if self.trial is not None and not {self.trial.candidate, self.trial.baseline} <= set(live.values()):
             self._end_trial("superseded", "one of its versions went away")
@@ -326,6 +333,9 @@ class Model:
             self._end_trial("superseded", f"version {newer.version} came")
         target = self._target(live)
         if target is None:
+            overtaken = [v for v in live.values() if current is not None and v.version > current.version and self._is_offered(v)]
+            if overtaken and not self._has_trials:
+                return max(overtaken, key=lambda version: version.version)
             return current or (live[max(live)] if live else None)
         if current is not None and target is not current and self._is_tried(target, current):
             self._begin_trial(target, current, self.offer.config.rollout if self.offer else RolloutConfig())
@@ -343,14 +353,13 @@ class Model:
             return next((version for version in chosen if version.key == preferred and newest.version <= known), newest)
         return newest
 
+    @property
+    def _has_trials(self) -> bool:
+        return self.offer is not None and self.offer.config.rollout.mode != "direct"
+
     def _is_tried(self, target: ModelVersion, current: ModelVersion) -> bool:
         """Going back is never on trial."""
-        return (
-            self.offer is not None
-            and self.offer.config.rollout.mode != "direct"
-            and target.version >= current.version
-            and current.key not in self.blocked
-        )
+        return self._has_trials and target.version >= current.version and current.key not in self.blocked
 
     # -- trials --------------------------------------------------------------------------------------------------------
 

@@ -79,11 +79,13 @@ class SwapPolicy(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class VersionStatus:
-    """A version that exists. `is_prepared`: fetched and verified, waiting in VERIFYING for leave to load."""
+    """A version that exists. `is_prepared`: fetched and verified, waiting in VERIFYING for leave to load. `is_offered`: its source
+    still has it, and it was not rolled back."""
 
     key: Key
     state: VersionState
     is_prepared: bool = False
+    is_offered: bool = True
 
 
 class Action(enum.Enum):
@@ -99,29 +101,33 @@ class Step(NamedTuple):
 
 _GONE = frozenset({VersionState.UNLOADED})
 _SETTLED = frozenset({VersionState.LIVE, VersionState.FAILED})
+_ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
 _LEAVING = frozenset({VersionState.DRAINING, VersionState.UNLOADING})
 
 
 def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], policy: SwapPolicy) -> Step | None:
     """At most one step towards the wanted versions; None: wait for something to change.
 
-    1. What is not wanted and not live goes at once: a load is cancelled, a failure forgotten.
+    1. What is not wanted and not live goes at once: a failure is forgotten, a load cancelled. But the oldest load that has only been
+       overtaken by a newer version goes on: where versions are published faster than they load, none would ever arrive.
     2. What is wanted and not there is fetched and verified, the newest first; that takes next to no memory.
     3. Live versions that are not wanted go when nothing is wanted; when every wanted one has arrived or failed and one is live; or,
        but for the newest of them, when there are several.
     4. RESOURCE: they also go, all of them, once a wanted version is verified; nothing is loaded until they have gone.
-    5. What is wanted and verified is loaded.
+    5. What is wanted, or goes on, and is verified is loaded.
     """
     present = [version for version in versions if version.state not in _GONE]
     stale = [version for version in present if version.key not in wanted]
+    overtaken = [v.key for v in stale if v.is_offered and v.state in _ARRIVING] if policy is SwapPolicy.AVAILABILITY and wanted else []
+    goes_on = set(sorted(overtaken)[:1])
     for version in stale:
-        if version.state is not VersionState.LIVE and version.state not in _LEAVING:
+        if version.key not in goes_on and version.state is not VersionState.LIVE and version.state not in _LEAVING:
             return Step(Action.UNLOAD, version.key)
     missing = wanted - {version.key for version in present}
     if missing:
         return Step(Action.START, max(missing))
     prepared = [version.key for version in present if version.is_prepared and version.state is VersionState.VERIFYING]
-    prepared = sorted((key for key in prepared if key in wanted), reverse=True)
+    prepared = sorted((key for key in prepared if key in wanted or key in goes_on), reverse=True)
     leavers = sorted(version.key for version in stale if version.state is VersionState.LIVE)
     if leavers and _may_leave(wanted, present, leavers, makes_room=policy is SwapPolicy.RESOURCE and bool(prepared)):
         return Step(Action.UNLOAD, leavers[0])

@@ -31,8 +31,8 @@ def keys(*numbers: int) -> set[Key]:
     return {k(number) for number in numbers}
 
 
-def has(number: int, state: S, *, prepared: bool = False, token: str = "a") -> VersionStatus:
-    return VersionStatus(k(number, token), state, prepared)
+def has(number: int, state: S, *, prepared: bool = False, token: str = "a", offered: bool = True) -> VersionStatus:
+    return VersionStatus(k(number, token), state, prepared, offered)
 
 
 def ready(number: int) -> VersionStatus:
@@ -106,7 +106,12 @@ def test_what_is_no_longer_offered_is_not_wanted_though_it_serves() -> None:
         ("and when only an older wanted one is live", keys(1, 3), [has(1, S.LIVE), has(2, S.LIVE), has(3, S.LOADING)], AV, None),
         ("of several old ones the newest stays", keys(4), [has(1, S.LIVE), has(2, S.LIVE), has(4, S.LOADING)], AV, (UNLOAD, k(1))),
         ("nothing wanted: all go", set(), [has(1, S.LIVE)], AV, (UNLOAD, k(1))),
-        ("a load that is no longer wanted is cancelled", keys(3), [has(2, S.LOADING), has(3, S.FETCHING)], AV, (UNLOAD, k(2))),
+        ("a load that was taken back is cancelled", keys(3), [has(2, S.LOADING, offered=False), has(3, S.FETCHING)], AV, (UNLOAD, k(2))),
+        ("one that was overtaken goes on", keys(3), [has(1, S.LIVE), has(2, S.LOADING), has(3, S.FETCHING)], AV, None),
+        ("and is given leave to load", keys(3), [has(1, S.LIVE), ready(2), has(3, S.FETCHING)], AV, (LOAD, k(2))),
+        ("but only the oldest", keys(4), [has(2, S.LOADING), has(3, S.FETCHING), has(4, S.FETCHING)], AV, (UNLOAD, k(3))),
+        ("and not where memory is short", keys(3), [has(2, S.LOADING), has(3, S.FETCHING)], RE, (UNLOAD, k(2))),
+        ("nothing wanted: loads are cancelled", set(), [has(2, S.LOADING)], AV, (UNLOAD, k(2))),
         ("a failure that is no longer wanted is forgotten", keys(3), [has(2, S.FAILED), has(3, S.LIVE)], AV, (UNLOAD, k(2))),
         ("one that leaves is left alone", keys(2), [has(1, S.DRAINING), has(2, S.LIVE)], AV, None),
         ("replaced content is another version", {k(1, "b")}, [has(1, S.LIVE)], AV, (START, k(1, "b"))),

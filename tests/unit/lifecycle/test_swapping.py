@@ -200,25 +200,50 @@ async def test_where_the_old_version_made_room_for_one_that_fails_it_comes_back(
     assert await swap.ask() == (1, 1.0)
 
 
-async def test_a_load_that_was_overtaken_is_cancelled(make: Any) -> None:
+def held_load(version: str) -> tuple[type[FakeBackend], threading.Event, threading.Event]:
+    """(backend, set when that version loads, to be set when it may)."""
     loading, may_load = threading.Event(), threading.Event()
 
     def load(self: Any) -> None:
-        if self.path.parent.name == "2":
+        if self.path.parent.name == version:
             loading.set()
             assert may_load.wait(5)
         FakeBackend.load(self)
 
-    swap = make(scaling(load=load))
+    return scaling(load=load), loading, may_load
+
+
+async def test_a_load_that_was_taken_back_is_cancelled(make: Any) -> None:
+    backend, loading, may_load = held_load("2")
+    swap = make(backend)
     await swap.publish(1)
     swap.offer(1, 2)
     await swap.take()
     await asyncio.to_thread(loading.wait, 5)
-    await swap.publish(1, 2, 3)
+    await swap.publish(1, 3)
     assert await swap.ask() == (3, 3.0)
-    assert "m:2" not in swap.index() or swap.index()["m:2"][0] == "UNAVAILABLE"
+    assert swap.index()["m:2"] == ("UNAVAILABLE", "no longer wanted")
     may_load.set()
     await asyncio.to_thread(_join_instances)
+    assert {int(instance.path.parent.name) for instance in backend.live} == {3}
+
+
+async def test_a_load_that_was_overtaken_goes_on_and_serves_until_the_newer_one_does(make: Any) -> None:
+    """Where versions come faster than they load, none would ever be taken up otherwise."""
+    backend, loading, may_load = held_load("3")
+    swap = make(backend)
+    await swap.publish(1)
+    swap.offer(1, 2)
+    await swap.take()
+    await asyncio.sleep(0)
+    swap.offer(1, 2, 3)
+    await swap.take()
+    await swap.until(lambda: ("flip", 2) in swap.events("flip"))
+    assert await swap.ask() == (2, 2.0)
+    assert await asyncio.to_thread(loading.wait, 5)
+    may_load.set()
+    await swap.rest()
+    assert await swap.ask() == (3, 3.0)
 
 
 def _join_instances() -> None:
