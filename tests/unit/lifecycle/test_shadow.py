@@ -240,6 +240,20 @@ def test_a_batch_of_mirrored_replies_is_still_one_hop(shadow: Shadow) -> None:
     assert (outlet.hops, len(outlet.answers)) == (1, 3)
 
 
+def test_an_outlet_is_not_kept_once_its_calls_are_answered(shadow: Shadow, versions: Versions) -> None:
+    """Transports may make one for each call."""
+    live, candidate, outlet = versions(1), versions(2), CollectingOutlet()
+    reply = ask(shadow, live, candidate, outlet)
+    outlet.wait(reply)
+    until(lambda: shadow.snapshot().compared == 1)
+    live.close()  # its thread is through with the answer
+    gone = weakref.ref(outlet)
+    del reply, outlet
+    live.replies.clear()
+    gc.collect()
+    assert gone() is None
+
+
 def test_a_request_that_is_submitted_again_is_mirrored_once(shadow: Shadow, versions: Versions) -> None:
     outlet, candidate, request = CollectingOutlet(), versions(2), make_request()
     reply = Reply(outlet)
