@@ -79,7 +79,7 @@ class Server:
         if self.access_log is not None:
             self.access_log.start()
         if self.config.http:
-            registry = make_registry(lambda: self.models.find("", ""))
+            registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
             registry.register(LifecycleCollector(self.admin))
             self.http = HttpServer(self.config.http, self.models, registry)
             self.http_address = await self.http.start()

@@ -13,6 +13,7 @@ from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
 from headrace.lifecycle.model import Model, Offer, Parts
 from headrace.lifecycle.routes import parse_version
+from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import INDEX_STATES
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.version import ModelVersion, WantedVersion
@@ -136,6 +137,11 @@ class ModelManager:
 
     def _versions(self) -> list[ModelVersion]:
         return [version for entry in self.models.values() for version in entry.versions]
+
+    def shadows(self) -> list[ShadowSnapshot]:
+        """Of the trials whose candidates get copies."""
+        trials = [entry.trial for entry in self.models.values() if entry.trial is not None]
+        return [trial.shadow.snapshot() for trial in trials if trial.config.mode == "shadow"]
 
     def index(self) -> Sequence[IndexEntry]:
         rows = []

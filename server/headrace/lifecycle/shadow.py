@@ -42,7 +42,8 @@ DISTANCE_EDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 FARTHEST = 1e9
 """What counts in the sum of distances for those that are no number, since a sum with an infinity says nothing ever after."""
 NICENESS = 5
-"""A third of the normal share. Not 19: the thread holds the GIL at times, and the event loop would wait for it to be scheduled."""
+"""Beyond the other threads', which leaves it a third of their share. Not 19: the thread holds the GIL at times, and the event loop
+would wait for it to be scheduled."""
 _TIE = 1e-6
 """Scores closer than that, as a part of 1 + |score|, are in no order: another order of additions swaps them."""
 
@@ -315,7 +316,8 @@ class Shadow:
     def _work(self) -> None:
         if sys.platform == "linux":  # elsewhere threads have no priority of their own, and this would be the process's
             with contextlib.suppress(OSError):
-                os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+                thread = threading.get_native_id()
+                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
         while (pair := self._ready.get()) is not None:
             try:
                 if pair.shadow is None:

@@ -11,11 +11,13 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from headrace import __version__
+from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import VersionView
 from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, FailureReason, Stage
 from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
 from headrace.telemetry.machine import MachineCollector
+from headrace.telemetry.shadow_metrics import shadow_lines
 
 _VERSIONS_AT_ONCE = 8
 """One version takes 60 µs. The event loop gets a turn after so many: of 50 versions (4.6 ms) no stretch takes longer than 0.95 ms."""
@@ -127,8 +129,9 @@ class MetricsRegistry:
     Beside the versions it holds any prometheus_client collector that is registered; those have few samples.
     """
 
-    def __init__(self, versions: Callable[[], Iterable[VersionView]]) -> None:
+    def __init__(self, versions: Callable[[], Iterable[VersionView]], shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple) -> None:
         self._versions = versions
+        self._shadows = shadows
         self._others = CollectorRegistry()
         ProcessCollector(registry=self._others)
         GCCollector(registry=self._others)
@@ -146,7 +149,8 @@ class MetricsRegistry:
             families.add(version)
             if position % _VERSIONS_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        text = "\n".join([*_build_lines(), *families.lines(is_openmetrics), ""]).encode()
+        shadows = shadow_lines(self._shadows(), is_openmetrics)
+        text = "\n".join([*_build_lines(), *families.lines(is_openmetrics), *shadows, ""]).encode()
         await asyncio.sleep(0)
         # The others come last, because their encoder ends the text (OpenMetrics wants `# EOF`).
         return text + encode_others(self._others), content_type
@@ -158,6 +162,8 @@ def _build_lines() -> list[str]:
     return family.lines(is_openmetrics=False)
 
 
-def make_registry(versions: Callable[[], Iterable[VersionView]]) -> MetricsRegistry:
-    """The metrics of the versions that `versions` returns at each scrape, of this process and of the machine."""
-    return MetricsRegistry(versions)
+def make_registry(
+    versions: Callable[[], Iterable[VersionView]], shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple
+) -> MetricsRegistry:
+    """The metrics of the versions and shadows that these return at each scrape, of this process and of the machine."""
+    return MetricsRegistry(versions, shadows)

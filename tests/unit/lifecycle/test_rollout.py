@@ -77,6 +77,12 @@ def test_at_the_end_the_rate_as_counted_decides() -> None:
     assert judge(CONFIG, Evidence(answered=991, failed=9), old, OVER).decision is Decision.PASSED
 
 
+def test_a_single_error_does_not_fail_a_trial_that_few_requests_end() -> None:
+    config = RolloutConfig(mode="canary", probation=100.0, min_requests=10)
+    one, two = [judge(config, Evidence(answered=20 - failed, failed=failed), Evidence(answered=9000), OVER) for failed in (1, 2)]
+    assert (one.decision, two.decision) == (Decision.PASSED, Decision.ROLLBACK)
+
+
 def test_passed_needs_both_the_time_and_the_requests() -> None:
     assert judge(CONFIG, Evidence(answered=99), Evidence(), 1e6).decision is Decision.CONTINUE
     assert judge(CONFIG, Evidence(answered=10**6), Evidence(), OVER - 1).decision is Decision.CONTINUE
