@@ -43,7 +43,7 @@ from loadtests.models import parse_models, write_repository
 from loadtests.process import ServerFailed, ServerProcess, exit_on_terminate
 from loadtests.publisher import Publisher
 from loadtests.statistics import Spread, markdown_table
-from loadtests.traffic import Record, delays, misnamed, p_ms, traffic
+from loadtests.traffic import Record, delays, misnamed, overtaken_delays, p_ms, traffic
 from loadtests.variants import Answers, Verdict, answers_of, make_variants
 
 WARM_UP = 3.0
@@ -122,6 +122,8 @@ class Round:
     published: int
     answered: int
     delays: Sequence[float]
+    overtaken: Sequence[float]
+    """As `delays`, of all that were published, where a newer version's answer counts too."""
     failures: Sequence[str]
 
 
@@ -225,9 +227,10 @@ async def measure_round(setting: Setting, place: Path, server: ServerProcess, sw
     swapped, beside = records
     flips = [at for version, at in swapped.first_answers.items() if version != 1]
     failures += judge_swaps(swapped, publisher.published) + judge_swaps(beside, {1: float("-inf")})
-    late = delays(swapped.first_answers, {v: at for v, at in publisher.published.items() if v != 1})
+    swaps_at = {version: at for version, at in publisher.published.items() if version != 1}
+    late, overtaken = delays(swapped.first_answers, swaps_at), overtaken_delays(swapped.first_answers, swaps_at)
     models = [ModelRound.of(record, phases, flips) for record in records]
-    return Round(models, phases, len(publisher.published) - 1, len(flips), late, failures)
+    return Round(models, phases, len(publisher.published) - 1, len(flips), late, overtaken, failures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,7 +311,8 @@ def render_round(number: int, each: Round) -> str:
     ]
     lines.append(
         f"{each.published} published, {each.answered} answered; from publication to first answer "
-        f"{Spread.of(late).median:.2f} s in the median, {max(late):.2f} s at worst"
+        f"{Spread.of(late).median:.2f} s in the median, {max(late):.2f} s at worst; "
+        f"to its or a newer one's {max(each.overtaken, default=float('nan')):.2f} s at worst"
     )
     return "\n".join([markdown_table(header, rows), *lines, ""])
 

@@ -65,7 +65,8 @@ def publish_timed(publisher: Publisher, versions: Sequence[int], every: float) -
     for version in versions:
         publisher.stage(version)
     print("staged", flush=True)
-    sys.stdin.readline()
+    if not sys.stdin.readline():
+        return  # whoever started us is gone
     due = time.monotonic()
     for version in versions:
         time.sleep(max(0.0, due - time.monotonic()))

@@ -111,6 +111,14 @@ def delays(first_answers: Mapping[int, float], published: Mapping[int, float]) -
     return [first_answers[version] - at for version, at in published.items() if version in first_answers]
 
 
+def overtaken_delays(first_answers: Mapping[int, float], published: Mapping[int, float]) -> list[float]:
+    """Seconds from each publication to the first answer of that version or a newer one; infinite where none came.
+
+    A server that gives up what it is loading for whatever is newer can leave the old version serving as long as somebody publishes.
+    """
+    return [min((a for v, a in first_answers.items() if v >= version), default=float("inf")) - at for version, at in published.items()]
+
+
 def p_ms(latencies: Times, percent: float) -> float:
     """NaN where nothing was measured, which no comparison takes for good."""
     return percentile(latencies, percent) * 1e3 if len(latencies) else float("nan")

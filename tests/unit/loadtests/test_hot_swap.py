@@ -20,7 +20,7 @@ def record(swapping: float, *, version: int = 1) -> Record:
 
 
 def one_round(swapping: float) -> Round:
-    return Round([ModelRound.of(record(swapping), PHASES, [150.0])], PHASES, 5, 4, [0.5], [])
+    return Round([ModelRound.of(record(swapping), PHASES, [150.0])], PHASES, 5, 4, [0.5], [0.5, 2.5], [])
 
 
 def test_the_phases_are_measured_apart() -> None:
@@ -42,7 +42,7 @@ def test_the_median_of_the_rounds_is_held_to_the_limit() -> None:
 def test_a_phase_without_answers_does_not_pass() -> None:
     silent = Record("m")
     silent.add(0.0, 0.01, 1)
-    rounds = [Round([ModelRound.of(silent, PHASES, [])], PHASES, 0, 0, [], [])]
+    rounds = [Round([ModelRound.of(silent, PHASES, [])], PHASES, 0, 0, [], [], [])]
     assert "p99 while swapping is nan" in judge(rounds, None, limit=1.2)[0]
 
 
@@ -97,4 +97,5 @@ def test_the_report_shows_every_phase_and_the_swaps() -> None:
     assert "steady again" in text
     assert "p99 swapping/steady 2.000" in text
     assert "5 published, 4 answered" in text
+    assert "newer one's 2.50 s at worst" in text
     assert "memory last/first 1.000" in text

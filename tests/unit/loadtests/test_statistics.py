@@ -22,6 +22,7 @@ def test_spread_of_nothing_is_refused() -> None:
         ([9.996, 9.9, 12.0], "10.0 (9.90-12.0)"),
         ([0.0, 0.0, 1.0], "0 (0-1.00)"),
         ([7.5], "7.50"),
+        ([float("nan")], "nan (nan-nan)"),
     ],
 )
 def test_spread_is_written_with_three_digits(values: list[float], text: str) -> None:

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 
-from loadtests.traffic import NO_VERSION, Record, delays, misnamed, p_ms
+from loadtests.traffic import NO_VERSION, Record, delays, misnamed, overtaken_delays, p_ms
 
 
 def record(*calls: tuple[float, float, int]) -> Record:
@@ -53,6 +53,10 @@ def test_versions_that_answer_before_they_were_published_are_told() -> None:
 
 def test_delays_are_those_of_versions_that_answered() -> None:
     assert delays({2: 5.0}, {2: 4.0, 3: 6.0}) == [1.0]
+
+
+def test_a_version_that_was_overtaken_waited_for_the_newer_one() -> None:
+    assert overtaken_delays({2: 5.0, 4: 9.0}, {2: 4.0, 3: 6.0, 4: 7.0, 5: 8.0}) == [1.0, 3.0, 2.0, math.inf]
 
 
 def test_nothing_measured_is_no_good_percentile() -> None:
