@@ -16,17 +16,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from headrace.config import ModelConfig
 from headrace.errors import BackendError, HeadraceError, NotReady
-from headrace.lifecycle.manager import ModelManager, WantedVersion
 from headrace.lifecycle.shadow import DISTANCE_EDGES, NICENESS, Shadow, compare_answers
 from headrace.requests import Answer, InferRequest, InputTensor, Reply
 from headrace.signature import DataType, TensorSpec
-from headrace.sources.base import Fetched
 from headrace.telemetry.shadow_metrics import shadow_lines
 from headrace.testing import CollectingOutlet, FakeBackend
 from headrace.wire.codec import ResponseEncoder
 from scripted_models import ScriptedVersion, echo, hold, make_request
+from swapping import Swapping
 
 # -- comparison --------------------------------------------------------------------------------------------------------------
 
@@ -352,20 +350,10 @@ async def test_real_versions_with_batches_and_screening(tmp_path: Path) -> None:
             arrays = super().execute(inputs, outputs)
             return [array * np.float32(np.nan) for array in arrays] if "/2/" in str(self.path) else arrays
 
-    models = ModelManager({"fake": Doubtful}, lambda: lambda when, callback: None)
-    wanted = []
-    for version in (1, 2):
-        directory = tmp_path / "m" / str(version)
-        directory.mkdir(parents=True)
-        (directory / "model.fake").touch()
-
-        async def fetch(directory: Path = directory) -> Fetched:
-            return Fetched(directory.parent, directory)
-
-        wanted.append(WantedVersion("m", version, "token", ModelConfig("m", version_policy="all", warmup_runs=1), fetch))
-    await models.load_all(wanted, {})
-    live, candidate = models.resolve("m", "1"), models.resolve("m", "2")
-    candidate.screen_outputs(True)  # type: ignore[attr-defined]
+    swap = Swapping(tmp_path, Doubtful)
+    await swap.publish(1, 2, version_policy="all", warmup_runs=1)
+    live, candidate = swap.models.resolve("m", "1"), swap.models.resolve("m", "2")
+    candidate.screen_outputs(True)
     shadow, outlet = Shadow("m", 2, 0.05), CollectingOutlet()
     array = np.ones((1, 2), "<f4")
     request = InferRequest("m", "", "", [InputTensor("x", "FP32", array.shape, array.tobytes())])
@@ -378,7 +366,7 @@ async def test_real_versions_with_batches_and_screening(tmp_path: Path) -> None:
     assert shadow.snapshot().disagreeing == candidate.counters.snapshot().nonfinite == 20
     assert live.counters.snapshot().success == 20
     shadow.close()
-    await models.stop(5)
+    await swap.models.stop(5)
 
 
 # -- metrics -----------------------------------------------------------------------------------------------------------------
