@@ -60,10 +60,6 @@ class FakeBackend(Backend):
     def estimate_memory(cls, path: Path) -> int:
         return 0
 
-    @property
-    def starts_threads(self) -> bool:
-        return False
-
     def load(self) -> None:
         if self.load_error is not None:
             raise self.load_error

@@ -1,9 +1,8 @@
 """The contract between a model version and whatever runs it.
 
 A Backend class is the adapter of one runtime; an instance of it is one loaded copy of a model on one device, with its own
-worker thread. `load`, `warm` and `close` are called from that thread, the first two from one of low priority in its place where
-`starts_threads` allows it. `execute` is called from the worker's thread, any number of times, but for tiny models on the CPU,
-which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
+worker thread. `load`, `warm` and `close` are called from that thread. So is `execute`, any number of times, but for tiny models on
+the CPU, which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
 formats: a backend sees arrays.
 """
 
@@ -55,11 +54,6 @@ class Backend(ABC):
     def estimate_memory(cls, path: Path) -> int:
         """An upper bound in bytes of what one loaded instance takes, known before it is loaded."""
 
-    @property
-    def starts_threads(self) -> bool:
-        """Whether `load` starts threads that run batches later. They would keep the low priority that loads have otherwise."""
-        return True
-
     @abstractmethod
     def load(self) -> None:
         """Take the device memory and make `execute` possible."""
@@ -67,6 +61,9 @@ class Backend(ABC):
     def warm(self, inputs: Mapping[str, Array]) -> None:
         """Run once on synthesised or recorded inputs so that the first real request pays for no lazy work."""
         self.execute(inputs, None)
+
+    def shrink(self, inputs: Mapping[str, Array]) -> None:  # noqa: B027  # most runtimes hold nothing back
+        """After the warm-up, with one row's inputs: give back the working memory that only the largest of its batches needed."""
 
     @abstractmethod
     def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import queue
 import threading
 import time
@@ -22,7 +21,6 @@ from headrace.signature import Signature
 from headrace.telemetry.access_log import VersionAccessLog
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
 from headrace.telemetry.log import get_logger
-from headrace.threads import run_at_low_priority
 
 log = get_logger(__name__)
 
@@ -190,9 +188,7 @@ class Worker:
     def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
         # From here on nobody can cancel it: whoever waited may have gone, and the result still has a place.
         ready.set_running_or_notify_cancel()
-        # Whatever serves meanwhile must not wait for it. This thread cannot do it at a low priority: it could not go back.
-        prepare = functools.partial(self._prepare, warm_up)
-        result = prepare() if self._backend.starts_threads else run_at_low_priority(prepare, f"{self.name} loading")
+        result = self._prepare(warm_up)
         if isinstance(result, HeadraceError):
             # Closed first: whoever is told of the failure may count on the memory.
             self._close()

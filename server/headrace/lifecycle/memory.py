@@ -38,6 +38,22 @@ def resident_bytes() -> int:
         return 0
 
 
+_M_ARENA_MAX = -8
+ARENAS = 2
+
+
+def limit_arenas() -> None:
+    """Keep glibc from giving threads heaps of their own, each of which keeps remainders of every model that was in it: swapping
+    magika a hundred times, one after the other, left 200 MB and growing; with two heaps 136 MB after 20 swaps and after 100.
+
+    For the whole process, so only a command calls it. Who sets MALLOC_ARENA_MAX decides.
+    """
+    if sys.platform == "linux" and "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_ARENA_MAX, ARENAS)
+
+
 def return_memory() -> None:
     """Hand freed memory back to the system: glibc keeps it otherwise, and a server that swaps models grows by each of them."""
     if sys.platform == "linux":

@@ -33,7 +33,6 @@ from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
-from headrace.threads import lower_priority
 from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
@@ -217,7 +216,6 @@ class ModelVersion:
 
         def run() -> None:
             result.set_running_or_notify_cancel()
-            lower_priority()
             try:
                 result.set_result(look())
             except HeadraceError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -80,11 +81,15 @@ def warm_up(
         return WarmUp({})
     for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
-            _check_batch_axis(backend, signature, sizes, guess)
-            if known and _is_as_fast(backend, signature, guess, sizes if must_run_all else _used(known, sizes), known):
-                return WarmUp(known)
+            pair = _check_batch_axis(backend, signature, sizes, guess)
+            if known:
+                _run_others(backend, signature, guess, sizes if must_run_all else _used(known, sizes), pair.rows)
+                if pair.cpu_seconds <= SLOWER * known.get(pair.rows, NEVER) + SLOWER_BY:
+                    return WarmUp(known)
             sample = functools.partial(_sample, backend, signature, guess)
-            return WarmUp(measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET)))
+            seconds = measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET))
+            backend.shrink(synthesise(signature, 1, guess))
+            return WarmUp(seconds)
         except BatchAxisError:
             raise
         except HeadraceError as error:
@@ -102,19 +107,11 @@ def _used(known: Mapping[int, float], sizes: Sequence[int]) -> list[int]:
     return [size for size in sizes if size <= limit]
 
 
-def _is_as_fast(backend: Backend, signature: Signature, guess: int, sizes: Sequence[int], known: Mapping[int, float]) -> bool:
-    """Runs each size twice, the first time for what is done once. By the thread's CPU time: others may be busy on this core.
-
-    Work on other threads and devices is not in that, so those pass; what they take shows in the batches to come.
-    """
+def _run_others(backend: Backend, signature: Signature, guess: int, sizes: Sequence[int], done: int) -> None:
+    """Each size but `done` once, for what is done once."""
     for rows in sizes:
-        inputs = synthesise(signature, rows, guess)
-        backend.warm(inputs)
-        began = time.thread_time()
-        backend.warm(inputs)
-        if time.thread_time() - began > SLOWER * known.get(rows, NEVER) + SLOWER_BY:
-            return False
-    return True
+        if rows != done:
+            backend.warm(synthesise(signature, rows, guess))
 
 
 def has_free_dimension(signature: Signature) -> bool:
@@ -177,11 +174,23 @@ def _is_promising(seconds: Mapping[int, float], rows: int) -> bool:
     return rows / seconds[rows] >= PROMISING * max(n / took for n, took in seconds.items())
 
 
-def _check_batch_axis(backend: Backend, signature: Signature, sizes: Sequence[int], guess: int) -> None:
-    rows = next((size for size in sizes if size >= 2), 0)
-    if not rows:
-        return
-    outputs = backend.execute(synthesise(signature, rows, guess), None)
-    for spec, array in zip(signature.outputs, outputs, strict=True):
-        if array.ndim == 0 or array.shape[0] != rows:
-            raise BatchAxisError(f"output '{spec.name}' has shape {tuple(array.shape)} for a batch of {rows}")
+class _FirstRun(NamedTuple):
+    """`rows` of it, and what it took of the calling thread's CPU time: others may be busy on this core. Work on other threads and
+    devices is not in that, so those seem fast; what they take shows in the batches to come."""
+
+    rows: int
+    cpu_seconds: float
+
+
+def _check_batch_axis(backend: Backend, signature: Signature, sizes: Sequence[int], guess: int) -> _FirstRun:
+    """A batch of two, or of as few more as there may be; of one where there are no batches."""
+    rows = next((size for size in sizes if size >= 2), 1)
+    inputs = synthesise(signature, rows, guess)
+    began = time.thread_time()
+    outputs = backend.execute(inputs, None)
+    took = time.thread_time() - began
+    if rows > 1:
+        for spec, array in zip(signature.outputs, outputs, strict=True):
+            if array.ndim == 0 or array.shape[0] != rows:
+                raise BatchAxisError(f"output '{spec.name}' has shape {tuple(array.shape)} for a batch of {rows}")
+    return _FirstRun(rows, took)
