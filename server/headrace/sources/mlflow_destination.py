@@ -166,7 +166,7 @@ class MlflowDestination(Destination):
 @contextmanager
 def _as_os_errors(registry: Registry) -> Iterator[None]:
     try:
-        with registry.asking():
+        with registry.transferring():
             yield
     except Missing as error:
         raise OSError(errno.EIO, f"MLflow registry at {registry.host}: {error}") from None

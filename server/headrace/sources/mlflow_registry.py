@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import urlsplit
 
 from headrace.config import ModelConfig
-from headrace.errors import ConfigError, LoadError
+from headrace.errors import ConfigError, HeadraceError, LoadError
 from headrace.sources.base import is_version_name
 
 if TYPE_CHECKING:
@@ -58,8 +58,9 @@ def parse_uri(option: str, uri: str) -> Place:
     name, slash, version = (before, "", "") if at else text.partition("/")
     if slash and not is_version_name(version):
         name = ""
-    # MLflow itself refuses '/' and ':'. A name that begins with a dot or an underscore is none in Headrace, see sources/publish.py.
-    is_name = name.isprintable() and not re.search(r"[/:\\]", name) and not name.startswith((".", "_")) and name == name.strip()
+    # MLflow itself refuses '/' and ':', and mistakes '?', '#' and '%' when it looks for artifacts. A name that begins with a dot or
+    # an underscore is none in Headrace, see sources/publish.py.
+    is_name = name.isprintable() and not re.search(r"[/:\\?#%]", name) and not name.startswith((".", "_")) and name == name.strip()
     if not name or not is_name or (at and not re.fullmatch(r"[\w-]+", alias)):
         raise ConfigError(f"{option}: expected mlflow:NAME, mlflow:NAME/VERSION or mlflow:NAME@ALIAS, got {uri!r}")
     return Place(name, int(version) if slash else None, alias if at else None)
@@ -115,7 +116,7 @@ class Registry:
                 return sorted(found, key=lambda version: version.number)
 
     def artifacts(self, name: str, number: int) -> Artifacts:
-        return Artifacts(self, f"models:/{quote(name)}/{number}")
+        return Artifacts(self, f"models:/{name}/{number}")
 
     @contextmanager
     def asking(self) -> Iterator[None]:
@@ -127,6 +128,19 @@ class Registry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
                 raise Missing(scrub(error)) from None
             raise self.failure(error) from None  # its chain has the address, perhaps with a password in it
+
+    @contextmanager
+    def transferring(self) -> Iterator[None]:
+        """As `asking`, also for artifacts, which MLflow moves by whatever library their store needs."""
+        try:
+            with self.asking():
+                yield
+        except (Missing, HeadraceError):
+            raise
+        except Exception as error:  # these libraries have no common base; their texts may have signed addresses in them
+            if isinstance(error, OSError) and error.errno == errno.EIO:
+                raise
+            raise self.failure(error) from None
 
     def failure(self, error: Exception) -> OSError:
         """`error` of MLflow, or of whatever it fetches artifacts by, in words that may be shown."""
@@ -144,18 +158,17 @@ class Registry:
 
 
 class Artifacts:
-    """The files of one version, wherever MLflow keeps them."""
+    """The files of one version, wherever MLflow keeps them. Owns the library's access to them; one thread at a time."""
 
     def __init__(self, registry: Registry, uri: str) -> None:
         self._registry = registry
         self._uri = uri
+        self._opened: Any = None
 
     def list(self, folder: str = "") -> dict[str, bool]:
         """Path -> whether it is a directory, of what is directly in `folder`. Raises Missing and OSError."""
-        import mlflow.artifacts
-
-        with self._fetching():
-            found = mlflow.artifacts.list_artifacts(f"{self._uri}/{quote(folder)}" if folder else self._uri)
+        with self._registry.transferring():
+            found = self._repository().list_artifacts(folder or None)
         for entry in found:
             _check_inside(entry.path)
         return {entry.path: entry.is_dir for entry in found}
@@ -169,27 +182,20 @@ class Artifacts:
 
     def download(self, path: str, folder: Path) -> Path:
         """Into `folder`, below which it keeps its path."""
-        import mlflow.artifacts
-
-        with self._fetching():
-            mlflow.artifacts.download_artifacts(f"{self._uri}/{quote(path)}", dst_path=str(folder))
+        with self._registry.transferring():
+            self._repository().download_artifacts(path, str(folder))
         target = folder / path
         if not target.is_file():
             raise OSError(errno.EIO, f"MLflow registry at {self._registry.host}: artifact {path!r} did not come")
         return target
 
-    @contextmanager
-    def _fetching(self) -> Iterator[None]:
-        try:
-            with self._registry.asking():
-                yield
-        except (Missing, OSError) as error:
-            # Not only ours: the libraries by which MLflow fetches derive theirs from OSError, with signed addresses in them.
-            if isinstance(error, Missing) or error.errno == errno.EIO:
-                raise
-            raise self._registry.failure(error) from None
-        except Exception as error:  # of boto3, the cloud's library or whatever fetches: they have no common base
-            raise self._registry.failure(error) from None
+    def _repository(self) -> Any:
+        """What mlflow.artifacts works with; that itself would put a path into an address, where '?', '#' and '%' mean something."""
+        if self._opened is None:
+            from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+            self._opened = get_artifact_repository(self._uri)
+        return self._opened
 
 
 def open_registry() -> Registry:
