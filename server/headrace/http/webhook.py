@@ -6,6 +6,7 @@ read. So one that is lost, late or delivered twice does no harm. The signature i
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hashlib
@@ -22,6 +23,8 @@ TIMESTAMP = "X-MLflow-Timestamp"
 
 LARGEST_BODY = 1 << 20
 """Bytes. The largest payload has a version's description and tags, which MLflow bounds far lower."""
+LONGEST_BODY = 10.0
+"""Seconds for it to arrive: anybody can begin one, before it is known who they are."""
 OLDEST = 300.0
 """Seconds that a delivery's timestamp may be off, either way: what MLflow recommends against replays."""
 
@@ -55,10 +58,14 @@ class Webhook:
 
     async def answer(self, request: web.Request) -> web.Response:
         body = bytearray()
-        async for chunk in request.content.iter_any():
-            body += chunk
-            if len(body) > LARGEST_BODY:
-                return web.Response(status=413)
+        try:
+            async with asyncio.timeout(LONGEST_BODY):
+                async for chunk in request.content.iter_any():
+                    body += chunk
+                    if len(body) > LARGEST_BODY:
+                        return web.Response(status=413)
+        except TimeoutError:
+            return web.Response(status=408)
         headers = request.headers
         status = check_delivery(
             self._secret,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import shutil
 import tempfile
 import threading
@@ -106,6 +107,8 @@ class MlflowSource(Source):
     # -- the files -----------------------------------------------------------------------------------------------------
 
     def _fetch(self, model: ModelRef, version: int, is_cancelled: threading.Event) -> Fetched:
+        if self.config.cache_directory:
+            os.makedirs(self.config.cache_directory, exist_ok=True)
         root = Path(tempfile.mkdtemp(prefix="headrace-", dir=self.config.cache_directory or None))
         try:
             artifacts = self._open().artifacts(model.name, version)
@@ -172,6 +175,8 @@ def lay_out(artifacts: Artifacts, config: ModelConfig, directory: Path, version:
         if MLMODEL in there:
             _check_flavour(artifacts, directory)
             files = [path for path in files if not is_mlflow_file(path)]
+    if not files:
+        raise LoadError(f"{directory.name}/{version}: expected a model among its artifacts, found none")
     for path in files:
         yield str(artifacts.download(path, target))
     if MANIFEST_NAME not in there and config.filename is None:

@@ -128,6 +128,8 @@ class Registry:
             if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND"):
                 raise Missing(scrub(error)) from None
             raise self.failure(error) from None  # its chain has the address, perhaps with a password in it
+        except ImportError as error:
+            raise ConfigError(f"mlflow: the registry at {self.host} or its artifacts need another package: {scrub(error)}") from None
 
     @contextmanager
     def transferring(self) -> Iterator[None]:
@@ -209,7 +211,12 @@ def open_registry() -> Registry:
     if not (os.environ.get("MLFLOW_TRACKING_URI") or os.environ.get("MLFLOW_REGISTRY_URI")):
         # MLflow would quietly make a database in the working directory.
         raise ConfigError("mlflow: expected the registry's address in MLFLOW_TRACKING_URI or MLFLOW_REGISTRY_URI")
-    return Registry(mlflow.MlflowClient(), mlflow.get_registry_uri())
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return Registry(mlflow.MlflowClient(), mlflow.get_registry_uri())
+    except MlflowException as error:
+        raise ConfigError(f"mlflow: {scrub(error)}") from None
 
 
 def scrub(error: Exception) -> str:
