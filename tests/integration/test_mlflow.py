@@ -9,10 +9,15 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx_models
 import pytest
+import tritonclient.grpc as triton
+import tritonclient.grpc.aio as aio
 from aiohttp import web
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from fake_models import FakeModels
 from headrace import cli
 from headrace.config import SourceConfig
@@ -22,6 +27,7 @@ from headrace.plugins import open_source
 from headrace.sources.base import Fetched, Listing, ModelRef
 from headrace.sources.verification import verify_version
 from headrace.telemetry.metrics import make_registry
+from headrace.testing import serve_in_process
 from integration.mlflow_server import mlflow_server
 from watchfiles import awatch
 
@@ -172,6 +178,29 @@ async def test_configuration_goes_with_the_model_from_version_to_version(tmp_pat
         assert model.config.batching.max_batch_size == 6
         assert files_below(fetched.model_directory) - {"2/manifest.json"} == {"model.toml", "classes.txt", f"{version}/model.onnx"}
         verify_version(model.config, fetched.model_directory, fetched.version_directory)
+
+
+async def test_a_signed_version_is_checked_by_the_key_that_lies_beside_the_configuration(tmp_path: Path, registry: Any) -> None:
+    key = ec.generate_private_key(ec.SECP256R1())
+    (tmp_path / "key.pem").write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    onnx_models.save(onnx_models.mlp(8, 4), tmp_path / "logged")
+    (tmp_path / "logged" / "key.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    (tmp_path / "logged" / "model.toml").write_text('signature_policy = "require"\nsignature_key = "key.pub"\n')
+    register(registry, "signed", tmp_path / "logged")
+    assert publish(tmp_path, "mlflow:signed", "signed", "--sign", str(tmp_path / "key.pem")) == 0
+    model, fetched = await fetch("mlflow:signed/2", "signed", tmp_path)
+    verify_version(model.config, fetched.model_directory, fetched.version_directory)
+    model, fetched = await fetch("mlflow:signed/1", "signed", tmp_path)
+    with pytest.raises(LoadError, match=r"^signed/1: expected manifest.json and its signature"):
+        verify_version(model.config, fetched.model_directory, fetched.version_directory)
+
+
+async def test_a_model_from_the_registry_is_served(tmp_path: Path, registry: Any) -> None:
+    publish(tmp_path, "mlflow:served@champion", "served")
+    async with serve_in_process("mlflow:served@champion") as server, aio.InferenceServerClient(server.grpc_addresses[0]) as client:
+        tensor = triton.InferInput("x", [2, 8], "FP32")
+        tensor.set_data_from_numpy(np.ones((2, 8), np.float32))
+        assert (await client.infer("served", [tensor])).as_numpy("y").shape == (2, 4)
 
 
 # -- what else is in a registry ----------------------------------------------------------------------------------------
