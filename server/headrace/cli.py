@@ -40,7 +40,8 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve models over gRPC", description="Serve models until SIGINT or SIGTERM.")
     serve.add_argument("--config", type=Path, help="headrace.toml; below environment variables and flags")
     for key, field in option_keys(ServerConfig).items():
-        _add_flag(serve, key, field)
+        if not field.metadata["secret"]:
+            _add_flag(serve, key, field)
     serve.set_defaults(run=_serve)
     check = commands.add_parser(
         "check", help="show what would be served, and why", description="Show every model's settings and their origin."
@@ -54,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_publish(publish: argparse.ArgumentParser) -> None:
     publish.add_argument("artifact", type=Path, metavar="MODEL", help="a model file, or the directory of a version's files")
-    publish.add_argument("--to", required=True, metavar="URI", help="the repository: a directory of models, or s3://bucket/prefix")
+    publish.add_argument(
+        "--to", required=True, metavar="URI", help="the repository: a directory of models, s3://bucket/prefix, or mlflow:NAME@ALIAS"
+    )
     publish.add_argument("--name", required=True, help="the model's name")
     publish.add_argument("--version", type=int, metavar="N", help="left out: one more than the highest there")
     publish.add_argument("--metadata", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="kept in manifest.json")
@@ -78,7 +81,7 @@ def _serve(options: argparse.Namespace) -> int:
     from headrace.app import run
     from headrace.telemetry.log import configure_logging
 
-    flags = {key: getattr(options, key) for key in option_keys(ServerConfig) if getattr(options, key) is not None}
+    flags = {key: value for key in option_keys(ServerConfig) if (value := getattr(options, key, None)) is not None}
     file = options.config or (Path(os.environ["HEADRACE_CONFIG"]) if "HEADRACE_CONFIG" in os.environ else None)
     config = load_server_config(flags, os.environ, file)
     if not config.models:

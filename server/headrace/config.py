@@ -18,11 +18,22 @@ INT32_MAX = 2**31 - 1
 
 
 def _option(
-    default: Any, doc: str, *, key: str = "", flag: str = "", scale: float = 1, choices: tuple[str, ...] = (), minimum: float | None = None
+    default: Any,
+    doc: str,
+    *,
+    key: str = "",
+    flag: str = "",
+    scale: float = 1,
+    choices: tuple[str, ...] = (),
+    minimum: float | None = None,
+    secret: bool = False,
 ) -> Any:
-    """A field with what its documentation, environment variable and flag are made from. `scale`: file value times scale = ours."""
-    metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum}
-    return field(default=default, metadata=metadata)
+    """A field with what its documentation, environment variable and flag are made from. `scale`: file value times scale = ours.
+
+    `secret`: by environment variable only, and in no repr: flags are visible to everybody on the machine, files get copied.
+    """
+    metadata = {"doc": doc, "key": key, "flag": flag, "scale": scale, "choices": choices, "minimum": minimum, "secret": secret}
+    return field(default=default, repr=not secret, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +46,7 @@ class SourceConfig:
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """headrace.toml, HEADRACE_… and the flags of `headrace serve`; each option has all three."""
+    """headrace.toml, HEADRACE_… and the flags of `headrace serve`; each option has all three, secrets the variable alone."""
 
     models: tuple[str, ...] = _option((), "Model repositories: directories of <model>/<version>/<file>.")
     grpc: tuple[str, ...] = _option(
@@ -69,6 +80,9 @@ class ServerConfig:
     load_threads: int = _option(2, "Versions that load at the same time.", minimum=1)
     cache_directory: str = _option("", "Where versions from object stores and registries are kept; empty: headrace below the user's cache.")
     cache_bytes: int = _option(20 << 30, "Size of that cache; what no loaded version uses is deleted, the longest unused first.", minimum=0)
+    webhook_secret: str = _option(
+        "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
+    )
 
     @property
     def sources(self) -> SourceConfig:

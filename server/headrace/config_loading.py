@@ -30,7 +30,11 @@ def load_server_config(flags: Mapping[str, Any], environment: Mapping[str, str],
     keys = option_keys(ServerConfig)
     values: dict[str, Any] = {}
     if file is not None:
-        values.update(_read_section(ServerConfig, _read_toml(file), str(file)))
+        table = _read_toml(file)
+        for key in table:
+            if key in keys and keys[key].metadata["secret"]:
+                raise ConfigError(f"{file}: {key}: a secret; expected it in the environment, as {ENVIRONMENT_PREFIX}{key.upper()}")
+        values.update(_read_section(ServerConfig, table, str(file)))
     known = {ENVIRONMENT_PREFIX + key.upper(): key for key in keys}
     for variable, text in environment.items():
         if not variable.startswith(ENVIRONMENT_PREFIX) or variable == ENVIRONMENT_PREFIX + "CONFIG":

@@ -49,6 +49,16 @@ def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     assert value == expected.get(key, True if type(value) is bool else type(value)(text))
 
 
+def test_a_secret_comes_from_the_environment_alone_and_is_not_shown(tmp_path: Path) -> None:
+    config = load_server_config({}, {"HEADRACE_WEBHOOK_SECRET": "xyzzy"}, None)
+    assert config.webhook_secret == "xyzzy"
+    assert "xyzzy" not in repr(config)
+    (tmp_path / "headrace.toml").write_text('webhook_secret = "xyzzy"\n')
+    with pytest.raises(ConfigError, match="a secret; expected it in the environment, as HEADRACE_WEBHOOK_SECRET") as caught:
+        load_server_config({}, {}, tmp_path / "headrace.toml")
+    assert "xyzzy" not in str(caught.value)
+
+
 def test_lists_are_separated_by_commas_in_the_environment_and_repeated_as_flags() -> None:
     assert load_server_config({}, {"HEADRACE_MODELS": "a, b,"}, None).models == ("a", "b")
     assert load_server_config({"models": ["a", "b,c"]}, {}, None).models == ("a", "b,c")

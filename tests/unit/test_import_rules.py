@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.signing",
     ),
     ("headrace.sources.verification",),
-    ("headrace.sources.cache",),
+    ("headrace.sources.cache", "headrace.sources.mlflow_registry"),
     (
         "headrace.backends.onnxruntime",
         "headrace.plugins",

@@ -1,10 +1,14 @@
-"""Metrics and health over HTTP."""
+"""Metrics, health and the registry's webhook over HTTP."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from aiohttp import web
 
 from headrace.errors import ConfigError
+from headrace.http.webhook import PATH as WEBHOOK_PATH
+from headrace.http.webhook import Webhook
 from headrace.lifecycle.view import ModelsView
 from headrace.telemetry.metrics import MetricsRegistry
 
@@ -21,13 +25,25 @@ _STOP_SECONDS = 1.0
 
 
 class HttpServer:
-    """Owns one listening socket. Event loop only; `start` and `stop` once each."""
+    """Owns one listening socket. Event loop only; `start` and `stop` once each.
 
-    def __init__(self, listener: str, models: ModelsView, registry: MetricsRegistry) -> None:
+    `hint` is called when a registry's webhook says that something has changed; without a secret nobody can say so.
+    """
+
+    def __init__(
+        self,
+        listener: str,
+        models: ModelsView,
+        registry: MetricsRegistry,
+        *,
+        webhook_secret: str = "",
+        hint: Callable[[], None] | None = None,
+    ) -> None:
         self._host, _, port = listener.rpartition(":")
         self._port = int(port)
         self._models = models
         self._registry = registry
+        self._webhook = Webhook(webhook_secret, hint) if webhook_secret and hint is not None else None
         self._runner: web.AppRunner | None = None
 
     def __repr__(self) -> str:
@@ -62,6 +78,8 @@ class HttpServer:
             app.router.add_get(path, self._livez)
         for path in ("/readyz", "/v2/health/ready"):
             app.router.add_get(path, self._readyz)
+        if self._webhook is not None:
+            app.router.add_post(WEBHOOK_PATH, self._webhook.answer)
         return app
 
     async def _root(self, request: web.Request) -> web.Response:
