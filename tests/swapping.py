@@ -90,7 +90,10 @@ class Swapping:
 
     async def ask(self, value: float = 1.0, **request: Any) -> tuple[int, float]:
         """(version that answered, first element of the answer). Raises the error that came instead."""
-        outlet, reply = self.submit(value, **request)
+        return await self.answer(*self.submit(value, **request))
+
+    async def answer(self, outlet: CollectingOutlet, reply: Reply) -> tuple[int, float]:
+        """The same of a request that was submitted."""
         answer = await asyncio.to_thread(outlet.wait, reply)
         if isinstance(answer, HeadraceError):
             raise answer

@@ -37,6 +37,7 @@ from headrace.telemetry.audit import AuditLog, read_audit
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
+from headrace.threads import expect_little_work
 
 log = get_logger(__name__)
 
@@ -248,5 +249,6 @@ def _leave() -> None:
 def run(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:
     """The command `headrace serve`: an event loop of its own, until a signal. Returns the exit code."""
     limit_arenas()
+    expect_little_work()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config, started))

@@ -112,10 +112,13 @@ class Ticket:
 
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
     signature's order. Times are time.monotonic(): `arrived` when the message came, `enqueued` when the batcher took it,
-    `expires` when it is of no use any more (inf: never).
+    `expires` when it is of no use any more (inf: never). `is_bound`: it asked for this version, and no other may answer it.
     """
 
-    __slots__ = ("arrived", "enqueued", "expires", "id", "inputs", "is_settled", "is_taken", "key", "outputs", "priority", "reply", "rows")
+    __slots__ = (
+        "arrived", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key", "outputs", "priority", "reply",
+        "rows",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -129,7 +132,9 @@ class Ticket:
         priority: int = 0,
         expires: float = float("inf"),
         arrived: float = 0.0,
+        is_bound: bool = False,
     ) -> None:
+        self.is_bound = is_bound
         self.reply = reply
         self.rows = rows
         self.key = key

@@ -1,41 +1,49 @@
-"""Threads that work beside those that serve."""
+"""How the kernel treats our threads: those that answer go first, those that load wait.
+
+By the length of a thread's time slice (EEVDF, Linux 6.12): one with a short slice is let in as soon as it wakes, also before another
+one's slice is over; one with a long slice waits longer for its turn, and gets as much of the core all the same. It takes no
+privilege and can be taken back, unlike a niceness; and a thread of low niceness that waits for the GIL or holds it is a trap: CPython
+hands the GIL to whoever has waited longest, and everybody waits until that one is scheduled. Elsewhere nothing happens.
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
+import struct
 import sys
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-LOW_PRIORITY = 10
-"""Niceness: a tenth of the share of a core that is busy with serving, all of one that is idle."""
+SHORT_SLICE = 100e-6
+"""Seconds; the shortest that the kernel grants."""
+LONG_SLICE = 50e-3
 
-T = TypeVar("T")
-
-
-def lower_priority() -> None:
-    """Of the calling thread, for good: raising it again takes a privilege. Threads that it starts inherit it."""
-    if sys.platform == "linux":
-        # On Linux a thread has a niceness of its own, reached by its thread id; elsewhere it would be the whole process's.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOW_PRIORITY)
+_SCHED_SETATTR = {"x86_64": 314, "aarch64": 274}.get(platform.machine())
+_ATTRIBUTES = struct.Struct("=IIQiIQQQ")
+"""sched_setattr(2): size, policy, flags, nice, priority, runtime (the slice of an ordinary thread), deadline, period."""
 
 
-def run_at_low_priority(work: Callable[[], T], name: str) -> T:
-    """What `work` returns or raises, from a thread of its own, which is waited for. For threads that may block."""
-    results: list[T] = []
-    errors: list[BaseException] = []
+def expect_little_work() -> None:
+    """Of the calling thread: it wakes often and is soon done, and others wait for it. An event loop's."""
+    _set_slice(SHORT_SLICE)
 
-    def run() -> None:
-        lower_priority()
-        try:
-            results.append(work())
-        except BaseException as error:
-            errors.append(error)
 
-    thread = threading.Thread(target=run, name=name, daemon=True)
-    thread.start()
-    thread.join()
-    if errors:
-        raise errors[0]
-    return results[0]
+@contextmanager
+def patient() -> Iterator[None]:
+    """The calling thread, and those that it starts, let others go first meanwhile; started threads for as long as they live."""
+    _set_slice(LONG_SLICE)
+    try:
+        yield
+    finally:
+        _set_slice(0.0)
+
+
+def _set_slice(seconds: float) -> None:
+    """0: the kernel's own. Best effort: what fails on an older kernel, or in a sandbox, was only a wish."""
+    if sys.platform == "linux" and _SCHED_SETATTR is not None:
+        nice = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        attributes = _ATTRIBUTES.pack(_ATTRIBUTES.size, os.SCHED_OTHER, 0, nice, 0, round(seconds * 1e9), 0, 0)
+        ctypes.CDLL(None).syscall(_SCHED_SETATTR, 0, attributes, 0)

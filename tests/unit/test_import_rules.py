@@ -37,7 +37,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification",),
+    ("headrace.sources.verification", "headrace.sources.cache", "headrace.backends.onnx_graph"),
     ("headrace.sources.cache", "headrace.sources.mlflow_registry"),
     (
         "headrace.backends.onnxruntime",

@@ -24,10 +24,14 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True, slots=True)
 class ArtifactSignature:
-    """What the model file itself says of its tensors. -1 is a free dimension; nothing is assumed about a batch axis."""
+    """What the model file itself says of its tensors. -1 is a free dimension; nothing is assumed about a batch axis.
+
+    `graph`: equal for artifacts that differ in nothing but their weights; empty where that is not known.
+    """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    graph: str = ""
 
 
 class Backend(ABC):
@@ -48,6 +52,11 @@ class Backend(ABC):
     @abstractmethod
     def inspect(cls, path: Path) -> ArtifactSignature:
         """Read the tensors of the artifact at `path`. May be slow; never called on the event loop."""
+
+    @classmethod
+    def graph_digest(cls, path: Path) -> str:
+        """Equal for artifacts that differ in nothing but their weights, found without opening them; empty: cannot be told."""
+        return ""
 
     @classmethod
     @abstractmethod

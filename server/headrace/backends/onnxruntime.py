@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from headrace.backends.base import Array, ArtifactSignature, Backend
+from headrace.backends.onnx_graph import graph_digest
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, LoadError
 from headrace.signature import DataType, TensorSpec
@@ -74,6 +75,10 @@ class OnnxRuntimeBackend(Backend):
     def inspect(cls, path: Path) -> ArtifactSignature:
         """Tensors of unknown rank come out like scalars, with shape (): the runtime does not tell the two apart."""
         return _signature(path, _open_session(path, _inspection_options(), ["CPUExecutionProvider"]))
+
+    @classmethod
+    def graph_digest(cls, path: Path) -> str:
+        return graph_digest(path)
 
     @classmethod
     def estimate_memory(cls, path: Path) -> int:

@@ -21,6 +21,7 @@ from headrace.signature import Signature
 from headrace.telemetry.access_log import VersionAccessLog
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
 from headrace.telemetry.log import get_logger
+from headrace.threads import patient
 
 log = get_logger(__name__)
 
@@ -188,7 +189,8 @@ class Worker:
     def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
         # From here on nobody can cancel it: whoever waited may have gone, and the result still has a place.
         ready.set_running_or_notify_cancel()
-        result = self._prepare(warm_up)
+        with patient():
+            result = self._prepare(warm_up)
         if isinstance(result, HeadraceError):
             # Closed first: whoever is told of the failure may count on the memory.
             self._close()

@@ -230,6 +230,31 @@ class Batcher:
         if is_drained:
             self._report_drained()
 
+    def hand_over(self, successor: Batcher) -> None:
+        """Pass on what waits and is bound to no version; what runs already, and what asked for this version, stays."""
+        with self._lock:
+            tickets = self._queue.clear()
+            for ticket in tickets:
+                if ticket.is_bound:
+                    self._queue.push(ticket)
+            passed = [ticket for ticket in tickets if not ticket.is_bound]
+        # Theirs before they are no longer ours: at no moment does nobody know of a ticket.
+        successor._adopt(passed)
+        self._release(len(passed))
+
+    def _adopt(self, tickets: Sequence[Ticket]) -> None:
+        """However full the queue is: they were admitted once."""
+        with self._lock:
+            for ticket in tickets:
+                ticket.reply.cancel = self.cancel_reply
+                self._queue.push(ticket)
+            self._unsettled += len(tickets)
+            has_idle = bool(self._idle)
+            if self._queue.next_expiry() < self._armed:
+                self._arm(self._queue.next_expiry())
+        if tickets and has_idle:
+            self._schedule(self._wake_one)
+
     def fail_queued(self, error: HeadraceError) -> int:
         """Answer everything still queued with `error`, when the grace to run it is over. Returns how many."""
         with self._lock:

@@ -35,6 +35,7 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
         priority=priority,
         expires=expires,
         arrived=arrived,
+        is_bound=bool(request.version),
     )
 
 

@@ -39,13 +39,23 @@ class EffectiveModel:
     signature: Signature
     batching: BatchingConfig
     instances: InstanceConfig
+    artifact: ArtifactSignature
     provenance: Mapping[str, str]
     notes: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
-def resolve_model(config: ModelConfig, model_directory: Path, version_directory: Path, backends: BackendRegistry) -> EffectiveModel:
-    """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking."""
+def resolve_model(
+    config: ModelConfig,
+    model_directory: Path,
+    version_directory: Path,
+    backends: BackendRegistry,
+    known: ArtifactSignature | None = None,
+) -> EffectiveModel:
+    """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking.
+
+    `known`: what an artifact says that may have the same graph; then it is not opened for that.
+    """
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
     if backend is None:
@@ -54,7 +64,9 @@ def resolve_model(config: ModelConfig, model_directory: Path, version_directory:
     filename = config.filename or backend.default_filename
     if Path(filename).name != filename:
         raise ConfigError(f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'")
-    artifact = backend.inspect(select_file(version_directory, filename))
+    path = select_file(version_directory, filename)
+    graph = backend.graph_digest(path)
+    artifact = known if known and graph and known.graph == graph else dataclasses.replace(backend.inspect(path), graph=graph)
     labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}
     return resolve(config, artifact, backend=backend_name, platform=backend.platform, filename=filename, labels=labels)
 
@@ -107,6 +119,7 @@ def resolve(
         ),
         batching=batching,
         instances=config.instances,
+        artifact=artifact,
         provenance=_provenance(config, artifact, filename, reason),
         notes=(*config.notes, *_batching_notes(config, artifact, size, reason)),
         labels=labels,

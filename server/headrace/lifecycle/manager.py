@@ -22,7 +22,6 @@ from headrace.requests import InferRequest
 from headrace.sources.base import Listing, ModelRef, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
-from headrace.threads import run_at_low_priority
 
 log = get_logger(__name__)
 
@@ -273,7 +272,7 @@ class ModelManager:
 
     def _return_memory(self) -> None:
         self._trim = None
-        self._tasks.start(asyncio.to_thread(run_at_low_priority, return_memory, "return memory"), "return memory")
+        self._tasks.start(asyncio.to_thread(return_memory), "return memory")
 
 
 def make_offer(source: Source, ref: ModelRef) -> Offer:

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+from headrace.threads import patient
+
 PLENTY = 1 << 62
 """Bytes; what is taken to be available where nobody can say."""
 
@@ -59,4 +61,5 @@ def return_memory() -> None:
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
-            trim(0)
+            with patient():
+                trim(0)

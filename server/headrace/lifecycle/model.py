@@ -15,7 +15,6 @@ from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer
 from headrace.config import ModelConfig, RolloutConfig
 from headrace.errors import FailedPrecondition, LoadError, NotFound
-from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.events import SERVER, Actor, EventLog
 from headrace.lifecycle.labels import Labels
 from headrace.lifecycle.policy import (
@@ -243,25 +242,11 @@ class Model:
 
     async def _load(self, version: ModelVersion) -> None:
         try:
-            await version.load(self._parts.backends, self._parts.slots, self._known_latencies)
+            await version.load(self._parts.backends, self._parts.slots, lambda: self.route.default)
         finally:
             self._loads.pop(version, None)
             if version.state is VersionState.UNLOADED:
                 self._remove(version)
-
-    def _known_latencies(self, effective: EffectiveModel) -> Mapping[int, float]:
-        """l(b) of the serving version, if this one takes and gives the same and runs in the same way."""
-        default = self.route.default
-        if default is None or default.effective is None:
-            return {}
-        before = default.effective
-        is_alike = (before.backend, before.signature, before.batching, before.instances) == (
-            effective.backend,
-            effective.signature,
-            effective.batching,
-            effective.instances,
-        )
-        return default.latencies if is_alike else {}
 
     async def _unload(self, version: ModelVersion, reason: str) -> None:
         await version.unload(self._parts.drain_grace, reason)
@@ -318,6 +303,8 @@ class Model:
         if default is not before_default and default is not None:
             old = before_default.version if before_default is not None else 0
             self._parts.events.record("flip", self.name, default.version, fields={"from": str(old)})
+            if before_default is not None:
+                before_default.hand_over(default)
             log.info("version serves", model=self.name, version=default.version, instead_of=old or None)
 
     def _choose_default(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:

@@ -8,12 +8,12 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.base import ArtifactSignature, Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import inline_rows, worthwhile_batch
@@ -24,7 +24,7 @@ from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.memory import available_memory, resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
-from headrace.lifecycle.warm_up import BatchAxisError, batch_sizes, has_free_dimension, warm_up
+from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
@@ -33,6 +33,7 @@ from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
+from headrace.threads import patient
 from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
@@ -172,13 +173,11 @@ class ModelVersion:
         if not self._leave.done():
             self._leave.set_result(None)
 
-    async def load(
-        self, backends: BackendRegistry, slots: asyncio.Semaphore, known: Callable[[EffectiveModel], Mapping[int, float]]
-    ) -> None:
+    async def load(self, backends: BackendRegistry, slots: asyncio.Semaphore, predecessor: Callable[[], ModelVersion | None]) -> None:
         """From DISCOVERED to LIVE or FAILED; never raises for a fault of the artifact or its configuration.
 
-        Stops in VERIFYING, prepared, until `allow_load`. `slots` bounds how many are fetched and loaded at a time; `known` is asked
-        for the l(b) of a version like this one. Cancelling it ends in UNLOADED.
+        Stops in VERIFYING, prepared, until `allow_load`. `slots` bounds how many are fetched and loaded at a time; of the
+        predecessor, the version that serves, is taken over what holds for this one too. Cancelling it ends in UNLOADED.
         """
         began = time.monotonic()
         try:
@@ -186,7 +185,9 @@ class ModelVersion:
                 self.move(VersionState.FETCHING)
                 self._fetched = fetched = await self.want.fetch()
                 self.move(VersionState.VERIFYING)
-                inspection = await self._inspect(lambda: inspect(self.want.config, fetched, backends))
+                before = predecessor()
+                known = before.effective.artifact if before is not None and before.effective is not None else None
+                inspection = await self._inspect(lambda: inspect(self.want.config, fetched, backends, known))
             self.inspection = inspection
             self.is_prepared = True
             self._on_change(self)
@@ -194,7 +195,7 @@ class ModelVersion:
             async with slots:
                 self.move(VersionState.LOADING)
                 effective = inspection.effective
-                await self._load(effective, fetched.version_directory, backends[effective.backend], known(effective))
+                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(predecessor(), effective))
         except asyncio.CancelledError:
             self._abandon()
             raise
@@ -217,7 +218,9 @@ class ModelVersion:
         def run() -> None:
             result.set_running_or_notify_cancel()
             try:
-                result.set_result(look())
+                with patient():
+                    inspection = look()
+                result.set_result(inspection)
             except HeadraceError as error:
                 result.set_exception(error.with_traceback(None))
             except BaseException:
@@ -247,13 +250,13 @@ class ModelVersion:
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 
-    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Mapping[int, float]) -> None:
+    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> None:
         before = resident_bytes()
         try:
             warm = await self._start_workers(effective, directory, backend, known)
         except BatchAxisError as error:
             effective = without_batching(effective, str(error))
-            warm = await self._start_workers(effective, directory, backend, {})
+            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
@@ -262,9 +265,7 @@ class ModelVersion:
         self.effective = effective
         self._open(effective)
 
-    async def _start_workers(
-        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Mapping[int, float]
-    ) -> WarmUp:
+    async def _start_workers(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> WarmUp:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
@@ -330,6 +331,14 @@ class ModelVersion:
             seconds=round(self.load_seconds, 3),
         )
 
+    def hand_over(self, successor: ModelVersion) -> None:
+        """Let `successor` answer what waits here and names no version, if it takes the same requests.
+
+        At a flip both run on the same cores, and what was asked first would wait for what was asked after it.
+        """
+        if self._batcher is not None and successor._batcher is not None and self.signature == successor.signature:
+            self._batcher.hand_over(successor._batcher)
+
     def screen_outputs(self, on: bool) -> None:
         """Count answers with NaN or infinity from the next batch on, or no longer. For a version that is live."""
         for runner in self._runners:
@@ -377,13 +386,25 @@ class ModelVersion:
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
 
 
-def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry) -> Inspection:
+def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, known: ArtifactSignature | None = None) -> Inspection:
     """Nothing of the artifact is parsed before it is known to be what was published. Blocking."""
     directory = fetched.version_directory
     manifest, digest = verify_version(config, fetched.model_directory, directory)
-    effective = resolve_model(config, fetched.model_directory, directory, backends)
+    effective = resolve_model(config, fetched.model_directory, directory, backends, known)
     needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
     return Inspection(effective, needed, available_memory(), digest, manifest)
+
+
+def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
+    """What the warm-up of `before` found out, if that takes and gives the same as `effective` and runs in the same way."""
+    if before is None or before.effective is None:
+        return NOTHING_KNOWN
+    old = before.effective
+    is_alike = (old.backend, old.signature, old.batching, old.instances) == (
+        effective.backend, effective.signature, effective.batching, effective.instances,
+    )  # fmt: skip
+    has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
+    return Known(before.latencies, has_same_graph) if is_alike else NOTHING_KNOWN
 
 
 async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from headrace.backends.base import Array, Backend
 from headrace.backends.worker import WarmUp
 from headrace.batching.batch_queue import NEVER
-from headrace.batching.latency import worthwhile_batch
 from headrace.errors import HeadraceError
 from headrace.signature import Signature
 
@@ -27,6 +27,17 @@ PROMISING = 0.9
 """Of the best rate so far: a size below it is not measured again, since noise alone does not make it the right one."""
 CLEAR_FALLS = 2
 """Sizes in a row below that, after which none larger is tried."""
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """l(b) of the version before this one, and whether it has the same graph, so that its batch dimension is one too."""
+
+    seconds: Mapping[int, float]
+    has_same_graph: bool = False
+
+
+NOTHING_KNOWN = Known({})
 
 
 class BatchAxisError(HeadraceError):
@@ -67,12 +78,12 @@ def warm_up(
     runs: int,
     *,
     must_run_all: bool = False,
-    known: Mapping[int, float] | None = None,
+    known: Known = NOTHING_KNOWN,
 ) -> WarmUp:
     """Run and time the sizes in `runs` rounds, those that are not worth it left out; with `must_run_all` each once at least.
 
-    `known`: l(b) of the version before this one, which is this one's too unless it shows itself slower. Measuring takes half a
-    second of a core that serves, and beside other load it measures that. Then only the sizes that will be used are run.
+    `known`: of the version before this one; l(b) is this one's too unless it shows itself slower. Measuring takes half a second of a
+    core that serves, and beside other load it measures that. Then the smallest batch that tells all is run, and the sizes that must.
     Synthesised inputs that the model refuses are no failure of the model: it says so and goes on.
     Raises BatchAxisError when the model batches by its signature but not in fact.
     """
@@ -81,11 +92,12 @@ def warm_up(
         return WarmUp({})
     for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
-            pair = _check_batch_axis(backend, signature, sizes, guess)
-            if known:
-                _run_others(backend, signature, guess, sizes if must_run_all else _used(known, sizes), pair.rows)
-                if pair.cpu_seconds <= SLOWER * known.get(pair.rows, NEVER) + SLOWER_BY:
-                    return WarmUp(known)
+            first = _run_first(backend, signature, sizes, guess, must_be_pair=not known.has_same_graph)
+            if known.seconds:
+                if must_run_all:
+                    _run_others(backend, signature, guess, sizes, first.rows)
+                if first.cpu_seconds <= SLOWER * known.seconds.get(first.rows, NEVER) + SLOWER_BY:
+                    return WarmUp(known.seconds)
             sample = functools.partial(_sample, backend, signature, guess)
             seconds = measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET))
             backend.shrink(synthesise(signature, 1, guess))
@@ -100,11 +112,6 @@ def warm_up(
 SLOWER = 1.5
 SLOWER_BY = 50e-6
 """Times the l(b) of the version before, and seconds; beyond both the new one is measured anew."""
-
-
-def _used(known: Mapping[int, float], sizes: Sequence[int]) -> list[int]:
-    limit = worthwhile_batch(known, max(sizes))
-    return [size for size in sizes if size <= limit]
 
 
 def _run_others(backend: Backend, signature: Signature, guess: int, sizes: Sequence[int], done: int) -> None:
@@ -182,9 +189,9 @@ class _FirstRun(NamedTuple):
     cpu_seconds: float
 
 
-def _check_batch_axis(backend: Backend, signature: Signature, sizes: Sequence[int], guess: int) -> _FirstRun:
-    """A batch of two, or of as few more as there may be; of one where there are no batches."""
-    rows = next((size for size in sizes if size >= 2), 1)
+def _run_first(backend: Backend, signature: Signature, sizes: Sequence[int], guess: int, *, must_be_pair: bool) -> _FirstRun:
+    """The smallest batch; or one of two, or of as few more as there may be, which shows whether the batch dimension is one."""
+    rows = next((size for size in sizes if size >= 2), sizes[0]) if must_be_pair else sizes[0]
     inputs = synthesise(signature, rows, guess)
     began = time.thread_time()
     outputs = backend.execute(inputs, None)

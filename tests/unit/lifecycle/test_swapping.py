@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, LoadError, NotFound
 from headrace.lifecycle import model as module
 from headrace.lifecycle.state import VersionState
@@ -105,6 +106,31 @@ async def test_requests_that_the_old_version_has_taken_are_answered_by_it(make: 
     may_go.set()
     answer = await asyncio.to_thread(outlet.wait, reply)
     assert isinstance(answer, bytes)
+    await swap.rest()
+    assert [version.version for version in swap.models.find("m", "")] == [2]
+
+
+async def test_what_waits_at_a_flip_is_answered_by_the_new_version_unless_it_asked_for_the_old_one(make: Any) -> None:
+    """The old version would finish it beside newer requests on the same cores."""
+    entered, may_go = threading.Event(), threading.Event()
+
+    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
+        if inputs["x"].any() and self.path.parent.name == "1":
+            entered.set()
+            assert may_go.wait(5)
+        return [inputs["x"] * int(self.path.parent.name)]
+
+    swap = make(scaling(execute=execute))
+    await swap.publish(1, warmup_runs=0, batching=BatchingConfig(max_batch_size=1))
+    running = swap.submit(1.0)
+    await asyncio.to_thread(entered.wait, 5)
+    waiting, bound = swap.submit(3.0), swap.submit(5.0, version="1")
+    swap.offer(1, 2, warmup_runs=0, batching=BatchingConfig(max_batch_size=1))
+    await swap.take()
+    assert await swap.answer(*waiting) == (2, 6.0)
+    may_go.set()
+    assert await swap.answer(*running) == (1, 1.0)
+    assert await swap.answer(*bound) == (1, 5.0)
     await swap.rest()
     assert [version.version for version in swap.models.find("m", "")] == [2]
 
@@ -340,6 +366,6 @@ async def test_a_version_like_the_one_before_takes_over_what_was_learnt_of_it(ma
     swap = make(scaling(warm=warm))
     await swap.publish(1)
     await swap.publish(1, 2)
-    first, second = runs["1"], runs["2"]
+    first, second = runs["1"], runs.get("2", 0)
     assert second < first / 4
     assert swap.models.resolve("m", "").latencies
