@@ -33,7 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.signing",
     ),
     ("headrace.sources.verification",),
-    ("headrace.sources.cache",),
+    ("headrace.sources.cache", "headrace.sources.object_store_index", "headrace.sources.object_store_client"),
     (
         "headrace.backends.onnxruntime",
         "headrace.plugins",
