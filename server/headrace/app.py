@@ -83,11 +83,16 @@ class Server:
         if self.config.http:
             registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
             registry.register(LifecycleCollector(self.admin))
-            self.http = HttpServer(self.config.http, self.models, registry)
+            self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
         await self._load()
+
+    def _look_now(self) -> None:
+        """Somebody says that something has changed, somewhere."""
+        for watcher in self.watchers:
+            watcher.hint()
 
     def _watcher(self, source: Source) -> Watcher:
         config = self.config
