@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.backends.worker",
+        "headrace.lifecycle.recorded",
         "headrace.lifecycle.warm_up",
         "headrace.lifecycle.version",
         "headrace.lifecycle.routes",

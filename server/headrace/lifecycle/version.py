@@ -23,6 +23,7 @@ from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.memory import available_memory, resident_bytes
 from headrace.lifecycle.policy import Key
+from headrace.lifecycle.recorded import Recorded, read_recorded
 from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
@@ -70,6 +71,7 @@ class Inspection:
     available: int
     digest: str
     manifest: Manifest | None
+    recorded: Recorded = ()
 
 
 class ModelVersion:
@@ -261,6 +263,8 @@ class ModelVersion:
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
             log.warning("version not warmed up", model=self.model, version=self.version, reason=warm.failure)
+        if self.inspection is not None:
+            self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.latencies = dict(warm.seconds)
         self.effective = effective
         self._open(effective)
@@ -274,7 +278,15 @@ class ModelVersion:
             self.move(VersionState.WARMING)
         self._workers = workers
         has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
-        warm = functools.partial(warm_up, signature=effective.signature, sizes=sizes, runs=runs, must_run_all=has_to_run_all, known=known)
+        warm = functools.partial(
+            warm_up,
+            signature=effective.signature,
+            sizes=sizes,
+            runs=runs,
+            must_run_all=has_to_run_all,
+            known=known,
+            recorded=self.inspection.recorded if self.inspection is not None else (),
+        )
         ready = [asyncio.wrap_future(worker.prepare(warm)) for worker in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
@@ -392,7 +404,8 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     manifest, digest = verify_version(config, fetched.model_directory, directory)
     effective = resolve_model(config, fetched.model_directory, directory, backends, known)
     needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
-    return Inspection(effective, needed, available_memory(), digest, manifest)
+    recorded = read_recorded(effective.signature, fetched.model_directory, directory)
+    return Inspection(effective, needed, available_memory(), digest, manifest, recorded)
 
 
 def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
