@@ -16,7 +16,7 @@ from headrace.lifecycle.routes import parse_version
 from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import INDEX_STATES
 from headrace.lifecycle.tasks import Tasks
-from headrace.lifecycle.version import ModelVersion, WantedVersion
+from headrace.lifecycle.version import PAUSE, ModelVersion, WantedVersion
 from headrace.lifecycle.view import IndexEntry, Submits
 from headrace.requests import InferRequest
 from headrace.sources.base import Listing, ModelRef, Source
@@ -44,6 +44,7 @@ class ModelManager:
         load_concurrency: int = 2,
         access_log: AccessLog | None = None,
         drain_grace: float = 30.0,
+        pause: float = PAUSE,
     ) -> None:
         self.event_log = EventLog()
         self.models: dict[str, Model] = {}
@@ -65,6 +66,7 @@ class ModelManager:
             events=self.event_log,
             access_log=access_log,
             drain_grace=drain_grace,
+            pause=pause,
             notify=self._notify,
             unloaded=self._unloaded,
         )

@@ -74,6 +74,12 @@ class Inspection:
     recorded: Recorded = ()
 
 
+PAUSE = 0.2
+"""Seconds between looking at a version, loading it and warming it up, while another one serves: longer than most requests take, so
+that one that waits meets a part of the work and not all of it. Magika swapped every second on one saturated core, latency 120 ms
+throughout: p99 while swapping 1.28 times the steady one without, 1.08-1.14 with it."""
+
+
 class ModelVersion:
     """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit`: any thread."""
 
@@ -85,6 +91,7 @@ class ModelVersion:
         schedule: Schedule,
         access_log: AccessLog | None = None,
         on_change: Callable[[ModelVersion], None],
+        pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.want = want
@@ -104,6 +111,7 @@ class ModelVersion:
         self._schedule = schedule
         self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
         self._on_change = on_change
+        self._pause = pause
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
@@ -194,10 +202,12 @@ class ModelVersion:
             self.is_prepared = True
             self._on_change(self)
             await self._leave
+            effective, before = inspection.effective, predecessor()
+            pause = self._pause if before is not None else 0.0
+            await asyncio.sleep(pause)
             async with slots:
                 self.move(VersionState.LOADING)
-                effective = inspection.effective
-                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(predecessor(), effective))
+                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(before, effective), pause)
         except asyncio.CancelledError:
             self._abandon()
             raise
@@ -252,13 +262,13 @@ class ModelVersion:
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 
-    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> None:
+    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float) -> None:
         before = resident_bytes()
         try:
-            warm = await self._start_workers(effective, directory, backend, known)
+            warm = await self._start_workers(effective, directory, backend, known, pause)
         except BatchAxisError as error:
             effective = without_batching(effective, str(error))
-            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN)
+            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
@@ -269,7 +279,9 @@ class ModelVersion:
         self.effective = effective
         self._open(effective)
 
-    async def _start_workers(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> WarmUp:
+    async def _start_workers(
+        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float
+    ) -> WarmUp:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
@@ -287,7 +299,7 @@ class ModelVersion:
             known=known,
             recorded=self.inspection.recorded if self.inspection is not None else (),
         )
-        ready = [asyncio.wrap_future(worker.prepare(warm)) for worker in workers]
+        ready = [asyncio.wrap_future(worker.prepare(warm, pause)) for worker in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
