@@ -113,6 +113,8 @@ class ScriptedModels:
         self.versions = list(versions)
         self.is_live = True
         self.is_ready = True
+        self.labels: dict[str, int] = {}
+        """Of every model."""
         self.subscribers: list[Callable[[], None]] = []
 
     def resolve(self, model: str, version: str) -> ScriptedVersion:
@@ -128,6 +130,7 @@ class ScriptedModels:
         return self.resolve(request.model, request.version)
 
     def find(self, model: str, version: str) -> Sequence[ScriptedVersion]:
+        version = str(self.labels.get(version, version))
         if version and not version.isdecimal():
             raise InvalidRequest(f"model version: expected a number such as '1' or nothing, got {version!r}")
         return [each for each in self.versions if model in ("", each.model) and version in ("", str(each.version))]

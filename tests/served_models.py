@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from headrace.config import ServerConfig
+from headrace.lifecycle.view import AdminView, RepositoryControl
+from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
@@ -33,7 +35,7 @@ class Served:
 
     async def stop(self, grace: float) -> None:
         self.models.announce_stop()
-        self.services.health.close()
+        self.services.close()
         await self.transport.stop(grace)
 
 
@@ -41,14 +43,21 @@ Serve = Callable[..., AbstractAsyncContextManager[Served]]
 
 
 def serve_on(name: str) -> Serve:
-    """`async with serve(version, ..., grpc=(listener, ...)) as served`; keywords are ServerConfig's."""
+    """`async with serve(version, ..., grpc=(listener, ...)) as served`; other keywords are ServerConfig's.
+
+    `view` is what operators see, `repository` what loads and unloads by request.
+    """
 
     @asynccontextmanager
-    async def serve(*versions: ScriptedVersion, **options: Any) -> AsyncIterator[Served]:
+    async def serve(
+        *versions: ScriptedVersion, view: AdminView | None = None, repository: RepositoryControl | None = None, **options: Any
+    ) -> AsyncIterator[Served]:
         models = ScriptedModels(*versions)
-        control = ControlService(models, server_name="triton", server_version="1.2.3")
-        services = Services(InferenceService(models), control, HealthService(models))
-        transport = TRANSPORTS[name](services, ServerConfig(**{"grpc": ("127.0.0.1:0",), **options}))
+        config = ServerConfig(**{"grpc": ("127.0.0.1:0",), **options})
+        control = ControlService(models, server_name="triton", server_version="1.2.3", control=repository)
+        admin = None if view is None else AdminService(view, config.admin)
+        services = Services(InferenceService(models), control, HealthService(models), admin)
+        transport = TRANSPORTS[name](services, config)
         served = Served(transport, services, models, await transport.start())
         try:
             yield served

@@ -69,6 +69,12 @@ class ServerConfig:
     audit_log: str = _option("", "File to which every load, flip, label move, promotion and rollback is appended, one JSON line each.")
     watch_dry_run: bool = _option(False, "Say what would be served, and what would change while it is watched, and serve nothing.")
     server_name: str = _option("triton", "`name` in ServerMetadata. Existing clients and their examples assert 'triton'.")
+    admin: str = _option(
+        "local",
+        "Who may promote, roll back, move labels and traffic over gRPC. local: callers on this machine; all others may look. on: every "
+        "caller that can connect. off: nobody, and nobody may look.",
+        choices=("local", "on", "off"),
+    )
     log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
     log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))
     access_log: bool = _option(False, "One JSON line per request on standard output.")
@@ -100,13 +106,13 @@ class ServerConfig:
 
 
 def check_listener(name: str, listener: str) -> None:
-    if listener.startswith("unix:") and name == "grpc":
+    if listener.startswith("unix:") and name != "http":
         if not listener.removeprefix("unix:"):
             raise ConfigError(f"{name}: expected a path after 'unix:', got {listener!r}")
         return
     host, separator, port = listener.rpartition(":")
     if not (separator and host and port.isdigit() and int(port) < 65536):
-        raise ConfigError(f"{name}: expected HOST:PORT{' or unix:PATH' if name == 'grpc' else ''}, got {listener!r}")
+        raise ConfigError(f"{name}: expected HOST:PORT{' or unix:PATH' if name != 'http' else ''}, got {listener!r}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ class Code(enum.Enum):
     NOT_FOUND = "NOT_FOUND"
     ALREADY_EXISTS = "ALREADY_EXISTS"
     FAILED_PRECONDITION = "FAILED_PRECONDITION"
+    PERMISSION_DENIED = "PERMISSION_DENIED"
     UNIMPLEMENTED = "UNIMPLEMENTED"
     CANCELLED = "CANCELLED"
     UNAVAILABLE = "UNAVAILABLE"
@@ -52,6 +53,12 @@ class FailedPrecondition(ClientError):
     """The call is well formed, but the state it needs is not there."""
 
     code = Code.FAILED_PRECONDITION
+
+
+class Forbidden(ClientError):
+    """The call is known, but not for this caller."""
+
+    code = Code.PERMISSION_DENIED
 
 
 class Unsupported(ClientError):

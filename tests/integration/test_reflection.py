@@ -7,6 +7,7 @@ from typing import Any
 
 import grpc
 import pytest
+from fake_operations import FakeOperations
 from google.protobuf import descriptor_pool
 from grpc_reflection.v1alpha import reflection_pb2
 from grpc_reflection.v1alpha.proto_reflection_descriptor_database import ProtoReflectionDescriptorDatabase
@@ -17,6 +18,7 @@ SERVICES = [
     "grpc.health.v1.Health",
     "grpc.reflection.v1.ServerReflection",
     "grpc.reflection.v1alpha.ServerReflection",
+    "headrace.v1.ModelAdmin",
     "inference.GRPCInferenceService",
 ]
 
@@ -29,10 +31,10 @@ def read_services(address: str) -> dict[str, Any]:
 
 
 async def test_every_service_is_listed_and_described_with_all_its_messages(serve: Serve) -> None:
-    async with serve() as served:
+    async with serve(view=FakeOperations()) as served:
         found = await asyncio.to_thread(read_services, served.address)
     assert list(found) == SERVICES
-    for name in ("grpc.health.v1.Health", "inference.GRPCInferenceService"):
+    for name in ("grpc.health.v1.Health", "headrace.v1.ModelAdmin", "inference.GRPCInferenceService"):
         assert {m.name: m.input_type.full_name for m in found[name].methods} == {
             method: classes[0].DESCRIPTOR.full_name for method, classes in method_classes(name).items()
         }
@@ -43,7 +45,7 @@ async def test_every_service_is_listed_and_described_with_all_its_messages(serve
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_both_versions_of_reflection_answer_and_describe_themselves(serve: Serve, version: str) -> None:
     service = f"grpc.reflection.{version}.ServerReflection"
-    async with serve() as served, grpc.aio.insecure_channel(served.address) as channel:
+    async with serve(view=FakeOperations()) as served, grpc.aio.insecure_channel(served.address) as channel:
         call = channel.stream_stream(
             f"/{service}/ServerReflectionInfo",
             reflection_pb2.ServerReflectionRequest.SerializeToString,

@@ -1,16 +1,21 @@
-"""Every call but inference: what the server is, what it serves, how it does. From memory only, so that none waits for a disk."""
+"""Every call but inference: what the server is, what it serves, how it does. From memory only, so that none waits for a disk.
+
+Loads and unloads by request are the exception, and the only ones that are awaited.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
-from headrace.errors import HeadraceError, InvalidRequest, ShuttingDown, Unsupported
+from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady, ShuttingDown, Unsupported
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import VersionState
-from headrace.lifecycle.view import ModelsView, VersionView
+from headrace.lifecycle.view import ModelsView, RepositoryControl, VersionView
+from headrace.rpc.repository_requests import read_load, read_unload
 from headrace.signature import TensorSpec
 from headrace.telemetry.counters import BatchSizeCounts, CounterSnapshot, Stage
 from headrace.wire import messages
@@ -20,23 +25,32 @@ from headrace.wire.messages import SERVICE, InferBatchStatistics, InferStatistic
 EXTENSIONS = ("schedule_policy", "model_configuration", "binary_tensor_data", "parameters", "statistics")
 """What ServerMetadata lists, in Triton's order. Clients switch features on by it: only what works may stand here."""
 
+CONTROL_EXTENSION = "model_repository"
+"""Where models are loaded and unloaded by request; in Triton's order it comes before all of ours."""
+
+CONTROL_REFUSED = "explicit model load / unload is not allowed if polling is enabled"
+"""Triton's text, which its clients' tests assert, also where nothing is polled."""
+
 _TensorMetadata = messages.ModelMetadataResponse.TensorMetadata
 _ModelIndex = messages.RepositoryIndexResponse.ModelIndex
 
 Unary = Callable[[bytes], bytes]
+AsyncUnary = Callable[[bytes], Awaitable[bytes]]
 Request = TypeVar("Request", bound=Message)
 
 
 class ControlService:
-    """Stateless but for what it is told at the start. Event loop only; every call raises HeadraceError for what it refuses."""
+    """Owns the loads and unloads that are under way. Event loop only; every call raises HeadraceError for what it refuses."""
 
-    def __init__(self, models: ModelsView, *, server_name: str, server_version: str) -> None:
+    def __init__(self, models: ModelsView, *, server_name: str, server_version: str, control: RepositoryControl | None = None) -> None:
         self._models = models
+        self._control = control
+        self._changes: set[asyncio.Task[None]] = set()
         self._server_name = server_name
         self._server_version = server_version
 
     def methods(self) -> dict[str, Unary]:
-        """Every unary method of the service but ModelInfer, by name; those not offered raise Unsupported."""
+        """Every unary method of the service but ModelInfer and the slow ones, by name; those not offered raise Unsupported."""
         offered = {
             "ServerLive": _unary(messages.ServerLiveRequest, self.server_live),
             "ServerReady": _unary(messages.ServerReadyRequest, self.server_ready),
@@ -47,8 +61,16 @@ class ControlService:
             "ModelStatistics": _unary(messages.ModelStatisticsRequest, self.model_statistics),
             "RepositoryIndex": _unary(messages.RepositoryIndexRequest, self.repository_index),
         }
-        others = [name for name in method_classes(SERVICE) if name not in {*offered, "ModelInfer", "ModelStreamInfer"}]
+        served_elsewhere = {"ModelInfer", "ModelStreamInfer", *self.slow_methods()}
+        others = [name for name in method_classes(SERVICE) if name not in {*offered, *served_elsewhere}]
         return {**offered, **{name: _unsupported(name) for name in others}}
+
+    def slow_methods(self) -> dict[str, AsyncUnary]:
+        """Those that wait for models."""
+        return {
+            "RepositoryModelLoad": _async_unary(messages.RepositoryModelLoadRequest, self.repository_model_load),
+            "RepositoryModelUnload": _async_unary(messages.RepositoryModelUnloadRequest, self.repository_model_unload),
+        }
 
     def server_live(self, request: messages.ServerLiveRequest) -> messages.ServerLiveResponse:
         self._check_stays()
@@ -73,7 +95,9 @@ class ControlService:
         return messages.ModelReadyResponse(ready=True)
 
     def server_metadata(self, request: messages.ServerMetadataRequest) -> messages.ServerMetadataResponse:
-        return messages.ServerMetadataResponse(name=self._server_name, version=self._server_version, extensions=EXTENSIONS)
+        allows_control = self._control is not None and self._control.allows_control
+        extensions = (CONTROL_EXTENSION, *EXTENSIONS) if allows_control else EXTENSIONS
+        return messages.ServerMetadataResponse(name=self._server_name, version=self._server_version, extensions=extensions)
 
     def model_metadata(self, request: messages.ModelMetadataRequest) -> messages.ModelMetadataResponse:
         effective = self._effective(request.name, request.version)
@@ -106,6 +130,33 @@ class ControlService:
             ]
         )
 
+    async def repository_model_load(self, request: messages.RepositoryModelLoadRequest) -> messages.RepositoryModelLoadResponse:
+        order = read_load(request)
+        control = self._allowed_control()
+        try:
+            await self._finish(control.load(order.model, order.read_config(), order.files))
+        except LoadError as error:
+            raise InvalidRequest(str(error)) from None  # Triton's code for a model that cannot be loaded
+        return messages.RepositoryModelLoadResponse()
+
+    async def repository_model_unload(self, request: messages.RepositoryModelUnloadRequest) -> messages.RepositoryModelUnloadResponse:
+        with_dependents = read_unload(request)
+        await self._finish(self._allowed_control().unload(request.model_name, with_dependents=with_dependents))
+        return messages.RepositoryModelUnloadResponse()
+
+    def _allowed_control(self) -> RepositoryControl:
+        if self._control is None or not self._control.allows_control:
+            raise NotReady(CONTROL_REFUSED)
+        return self._control
+
+    async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
+        """Wait for a change that goes on when its caller leaves, as in Triton: half a load is worse than one nobody waits for."""
+        task = asyncio.ensure_future(change)
+        self._changes.add(task)
+        task.add_done_callback(self._changes.discard)
+        await asyncio.wait({task})
+        task.result()
+
     def _live(self, model: str, version: str) -> list[VersionView]:
         return [found for found in self._models.find(model, version) if found.state is VersionState.LIVE]
 
@@ -115,13 +166,23 @@ class ControlService:
         return found.effective
 
 
+def decode(request_class: type[Request], message: bytes) -> Request:
+    try:
+        return request_class.FromString(message)
+    except DecodeError as error:
+        raise InvalidRequest(f"could not decode the {request_class.DESCRIPTOR.name}: {error}") from None
+
+
 def _unary(request_class: type[Request], serve: Callable[[Request], Message]) -> Unary:
     def call(message: bytes) -> bytes:
-        try:
-            request = request_class.FromString(message)
-        except DecodeError as error:
-            raise InvalidRequest(f"could not decode the {request_class.DESCRIPTOR.name}: {error}") from None
-        return serve(request).SerializeToString()
+        return serve(decode(request_class, message)).SerializeToString()
+
+    return call
+
+
+def _async_unary(request_class: type[Request], serve: Callable[[Request], Awaitable[Message]]) -> AsyncUnary:
+    async def call(message: bytes) -> bytes:
+        return (await serve(decode(request_class, message))).SerializeToString()
 
     return call
 

@@ -86,7 +86,11 @@ class HealthService:
         return HealthCheckResponse.SERVING
 
     def _is_known(self, model: str, version: str) -> bool:
-        return version.isdecimal() and bool(self._models.find(model, version))
+        """By number or label."""
+        try:
+            return bool(version and self._models.find(model, version))
+        except HeadraceError:
+            return False
 
 
 def _decode(message: bytes) -> str:

@@ -1,4 +1,4 @@
-"""Triton's model configuration: config.pbtxt to ModelConfig, and an effective model to the message that clients read.
+"""Triton's model configuration: config.pbtxt or JSON to ModelConfig, and an effective model to the message that clients read.
 
 A file is honoured or refused, never half honoured: what would change answers and is not offered is a ConfigError that names the
 field; what only affects speed, or has no meaning here, becomes a note that `headrace check` shows.
@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
-from google.protobuf import text_format
+from google.protobuf import json_format, text_format
 
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError
@@ -35,7 +35,25 @@ def parse_config_pbtxt(text: str, source_name: str, name: str = "") -> ModelConf
     try:
         text_format.Parse(text, given)
     except text_format.ParseError as error:
-        raise ConfigError(_explain(error, source_name)) from None
+        line = error.GetLine()
+        place = source_name if line is None else f"{source_name}:{line}"
+        # The error's own text begins with its place once more.
+        complaint = re.sub(r"^\d+:\d+ : ", "", str(error))
+        raise ConfigError(f"{place}: {_explain(complaint)}") from None
+    return _convert_named(given, source_name, name)
+
+
+def parse_config_json(text: str, source_name: str, name: str) -> ModelConfig:
+    """As `parse_config_pbtxt`, from the JSON that load requests carry: 64-bit numbers as strings or numbers."""
+    given = pb.ModelConfig()
+    try:
+        json_format.Parse(text, given)
+    except json_format.ParseError as error:
+        raise ConfigError(f"{source_name}: {_explain(str(error).rstrip('.'))}") from None
+    return _convert_named(given, source_name, name)
+
+
+def _convert_named(given: pb.ModelConfig, source_name: str, name: str) -> ModelConfig:
     try:
         return _convert(given, source_name, name)
     except ConfigError as error:
@@ -74,14 +92,11 @@ def _provenance(given: pb.ModelConfig, size: int | None, source_name: str) -> di
 _NO_NAME = re.compile(r'(Message type|Enum type) "([\w.]+)" has no (?:field|value) named "?(\w+)')
 
 
-def _explain(error: text_format.ParseError, source_name: str) -> str:
-    line = error.GetLine()
-    place = source_name if line is None else f"{source_name}:{line}"
-    # The error's own text begins with its place once more.
-    text = re.sub(r"^\d+:\d+ : ", "", str(error))
+def _explain(text: str) -> str:
+    """A parser's complaint; an unknown name with the nearest known one."""
     found = _NO_NAME.search(text)
     if found is None:
-        return f"{place}: {text}"
+        return text
     kind, owner, unknown = found.groups()
     if kind == "Enum type":
         known = list(pb.POOL.FindEnumTypeByName(owner).values_by_name)
@@ -91,7 +106,7 @@ def _explain(error: text_format.ParseError, source_name: str) -> str:
         what = f"field of {owner.removeprefix('inference.')}"
     near = difflib.get_close_matches(unknown, known, 1)
     hint = f"did you mean '{near[0]}'?" if near else f"expected one of {', '.join(sorted(known))}"
-    return f"{place}: '{unknown}' is no {what}, {hint}"
+    return f"'{unknown}' is no {what}, {hint}"
 
 
 def _unsupported(given: pb.ModelConfig) -> Iterator[tuple[str, str]]:

@@ -7,6 +7,151 @@ from google.protobuf.internal.containers import MessageMap, RepeatedCompositeFie
 from google.protobuf.message import Message
 
 
+class ManagedVersion(Message):
+    version: int
+    state: str
+    reason: str
+    since: float
+    location: str
+    token: str
+    @property
+    def labels(self) -> RepeatedScalarFieldContainer[str]: ...
+    is_default: bool
+    traffic: float
+    load_seconds: float
+    memory_bytes: int
+    requests: int
+    failures: int
+    digest: str
+    @property
+    def metadata(self) -> ScalarMap[str, str]: ...
+    def __init__(self, *, version: int | None = ..., state: str | None = ..., reason: str | None = ..., since: float | None = ..., location: str | None = ..., token: str | None = ..., labels: Iterable[str] | None = ..., is_default: bool | None = ..., traffic: float | None = ..., load_seconds: float | None = ..., memory_bytes: int | None = ..., requests: int | None = ..., failures: int | None = ..., digest: str | None = ..., metadata: Mapping[str, str] | None = ...) -> None: ...
+
+class RolloutEvidence(Message):
+    name: str
+    candidate: str
+    baseline: str
+    def __init__(self, *, name: str | None = ..., candidate: str | None = ..., baseline: str | None = ...) -> None: ...
+
+class Rollout(Message):
+    mode: str
+    phase: str
+    candidate: int
+    baseline: int
+    percent: float
+    began: float
+    seconds_left: float
+    requests: int
+    min_requests: int
+    reason: str
+    @property
+    def evidence(self) -> RepeatedCompositeFieldContainer[RolloutEvidence]: ...
+    def __init__(self, *, mode: str | None = ..., phase: str | None = ..., candidate: int | None = ..., baseline: int | None = ..., percent: float | None = ..., began: float | None = ..., seconds_left: float | None = ..., requests: int | None = ..., min_requests: int | None = ..., reason: str | None = ..., evidence: Iterable[RolloutEvidence] | None = ...) -> None: ...
+
+class ManagedModel(Message):
+    name: str
+    source: str
+    version_policy: str
+    @property
+    def versions(self) -> RepeatedCompositeFieldContainer[ManagedVersion]: ...
+    @property
+    def labels(self) -> ScalarMap[str, int]: ...
+    @property
+    def rollout(self) -> Rollout: ...
+    error: str
+    def __init__(self, *, name: str | None = ..., source: str | None = ..., version_policy: str | None = ..., versions: Iterable[ManagedVersion] | None = ..., labels: Mapping[str, int] | None = ..., rollout: Rollout | None = ..., error: str | None = ...) -> None: ...
+
+class LifecycleEvent(Message):
+    number: int
+    at: float
+    kind: str
+    model: str
+    version: int
+    who: str
+    reason: str
+    @property
+    def fields(self) -> ScalarMap[str, str]: ...
+    missed: int
+    def __init__(self, *, number: int | None = ..., at: float | None = ..., kind: str | None = ..., model: str | None = ..., version: int | None = ..., who: str | None = ..., reason: str | None = ..., fields: Mapping[str, str] | None = ..., missed: int | None = ...) -> None: ...
+
+class ModelSource(Message):
+    uri: str
+    age: float
+    error: str
+    def __init__(self, *, uri: str | None = ..., age: float | None = ..., error: str | None = ...) -> None: ...
+
+class ListModelsRequest(Message):
+    def __init__(self) -> None: ...
+
+class ListModelsResponse(Message):
+    @property
+    def models(self) -> RepeatedCompositeFieldContainer[ManagedModel]: ...
+    def __init__(self, *, models: Iterable[ManagedModel] | None = ...) -> None: ...
+
+class DescribeModelRequest(Message):
+    model: str
+    def __init__(self, *, model: str | None = ...) -> None: ...
+
+class DescribeModelResponse(Message):
+    @property
+    def model(self) -> ManagedModel: ...
+    @property
+    def history(self) -> RepeatedCompositeFieldContainer[LifecycleEvent]: ...
+    def __init__(self, *, model: ManagedModel | None = ..., history: Iterable[LifecycleEvent] | None = ...) -> None: ...
+
+class ListSourcesRequest(Message):
+    def __init__(self) -> None: ...
+
+class ListSourcesResponse(Message):
+    @property
+    def sources(self) -> RepeatedCompositeFieldContainer[ModelSource]: ...
+    def __init__(self, *, sources: Iterable[ModelSource] | None = ...) -> None: ...
+
+class WatchEventsRequest(Message):
+    since: int
+    model: str
+    until_now: bool
+    def __init__(self, *, since: int | None = ..., model: str | None = ..., until_now: bool | None = ...) -> None: ...
+
+class PromoteRequest(Message):
+    model: str
+    version: int
+    reason: str
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., reason: str | None = ...) -> None: ...
+
+class PromoteResponse(Message):
+    def __init__(self) -> None: ...
+
+class RollBackRequest(Message):
+    model: str
+    reason: str
+    def __init__(self, *, model: str | None = ..., reason: str | None = ...) -> None: ...
+
+class RollBackResponse(Message):
+    version: int
+    def __init__(self, *, version: int | None = ...) -> None: ...
+
+class SetLabelRequest(Message):
+    model: str
+    label: str
+    version: int
+    reason: str
+    def __init__(self, *, model: str | None = ..., label: str | None = ..., version: int | None = ..., reason: str | None = ...) -> None: ...
+
+class SetLabelResponse(Message):
+    def __init__(self) -> None: ...
+
+class SetTrafficRequest(Message):
+    model: str
+    version: int
+    mode: str
+    percent: float
+    reason: str
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., mode: str | None = ..., percent: float | None = ..., reason: str | None = ...) -> None: ...
+
+class SetTrafficResponse(Message):
+    def __init__(self) -> None: ...
+
 class HealthCheckRequest(Message):
     service: str
     def __init__(self, *, service: str | None = ...) -> None: ...

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
+ADMIN_SERVICE = "headrace.v1.ModelAdmin"
 
 
 def _read_descriptors() -> descriptor_pb2.FileDescriptorSet:

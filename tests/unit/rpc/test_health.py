@@ -63,6 +63,13 @@ def test_list_has_the_server_and_every_model() -> None:
     assert {name: found.status for name, found in statuses.items()} == {"": SERVING, SERVICE: SERVING, "a": SERVING, "b": NOT_SERVING}
 
 
+@pytest.mark.parametrize(("service", "expected"), [("a:stable", SERVING), ("a:canary", NOT_SERVING)])
+def test_check_knows_versions_by_their_labels(service: str, expected: int) -> None:
+    models = ScriptedModels(ScriptedVersion("a", 1), ScriptedVersion("a", 2, state=VersionState.LOADING))
+    models.labels = {"stable": 1, "canary": 2}
+    assert status(HealthService(models).check(ask(service))) == expected
+
+
 async def test_watch_tells_the_status_at_once_and_then_only_changes() -> None:
     version = ScriptedVersion("a", state=VersionState.LOADING)
     models = ScriptedModels(version)

@@ -1,10 +1,11 @@
 import dataclasses
 
 import pytest
+from google.protobuf import json_format, text_format
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError
 from headrace.signature import DataType, Signature, TensorSpec
-from headrace.wire.config_pbtxt import model_config_message, parse_config_pbtxt
+from headrace.wire.config_pbtxt import model_config_message, parse_config_json, parse_config_pbtxt
 from headrace.wire.messages import ModelConfig as ModelConfigMessage
 from headrace.wire.messages import ModelInstanceGroup
 
@@ -324,3 +325,44 @@ def test_tritonclient_reads_the_message():
 
 def test_message_class_has_presence_only_where_we_added_it():
     assert ModelConfigMessage(max_batch_size=0).HasField("max_batch_size")
+
+
+# -- JSON --------------------------------------------------------------------------------------------------------------
+
+
+def test_json_means_what_the_same_text_format_means():
+    message = ModelConfigMessage()
+    text_format.Parse(FULL, message)
+    # As tritonclient prints it: 64-bit numbers as strings.
+    assert '"max_queue_delay_microseconds": "250"' in json_format.MessageToJson(message, preserving_proto_field_name=True)
+    for keeps_names in (True, False):
+        text = json_format.MessageToJson(message, preserving_proto_field_name=keeps_names)
+        assert parse_config_json(text, FILE, "resnet") == parse(FULL)
+
+
+@pytest.mark.parametrize("size", ['"16"', "16"])
+def test_json_of_a_batch_size_alone_leaves_the_rest_to_be_inferred(size):
+    config = parse_config_json(f'{{"max_batch_size":{size}}}', "request", "resnet")
+    assert (config.name, config.batching.max_batch_size, config.inputs, config.backend) == ("resnet", 16, (), None)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"max_batch_sise": 1}', "request: 'max_batch_sise' is no field of ModelConfig, did you mean 'max_batch_size'?"),
+        ('{"dynamic_batching": {"delay": 1}}', "request: 'delay' is no field of ModelDynamicBatching, expected one of "),
+        ('{"max_batch_size": "many"}', "request: Failed to parse max_batch_size field"),
+        ('{"input": [{"data_type": "TYPE_FP99"}]}', "TYPE_FP99"),
+        ('"parameters": {}', "request: Failed to load JSON"),
+        ("[" * 100_000, "request: Failed to load JSON"),
+        ("null", "request: "),
+        ('{"name": "\\ud800"}', "request: Failed to parse name field"),
+        ('{"ensemble_scheduling": {}}', "request: ensemble_scheduling is not supported"),
+        ('{"max_batch_size": -1}', "request: max_batch_size: expected a number of rows or 0, got -1"),
+    ],
+)
+def test_json_that_cannot_be_honoured_says_why(text, message):
+    with pytest.raises(ConfigError) as caught:
+        parse_config_json(text, "request", "resnet")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
@@ -12,11 +13,18 @@ from headrace.rpc.inference import InferenceService
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every transport serves."""
+    """What every transport serves; without `admin` that service is unknown."""
 
     inference: InferenceService
     control: ControlService
     health: HealthService
+    admin: AdminService | None = None
+
+    def close(self) -> None:
+        """End every watch, after the models have announced the stop."""
+        self.health.close()
+        if self.admin is not None:
+            self.admin.close()
 
 
 class Transport(Protocol):

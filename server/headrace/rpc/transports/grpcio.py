@@ -15,12 +15,23 @@ import grpc
 
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError, HeadraceError, ShuttingDown
+from headrace.rpc.admin import AdminService
 from headrace.rpc.reflection import reflection_handlers
 from headrace.rpc.transports.base import Services
-from headrace.rpc.transports.grpcio_calls import Context, LoopOutlet, guarded, serve_inference, serve_unary, serve_watch
+from headrace.rpc.transports.grpcio_calls import (
+    Context,
+    LoopOutlet,
+    guarded,
+    serve_admin,
+    serve_events,
+    serve_inference,
+    serve_slow_unary,
+    serve_unary,
+    serve_watch,
+)
 from headrace.rpc.transports.grpcio_stream import InferStream
 from headrace.rpc.transports.listeners import SOCKET_MODE, UNIX, bind_problem, clear_stale_socket, load_certificates
-from headrace.wire.messages import HEALTH_SERVICE, SERVICE
+from headrace.wire.messages import ADMIN_SERVICE, HEALTH_SERVICE, SERVICE
 
 _LONGER_THAN_ANY_GRACE = 1e6
 
@@ -94,15 +105,18 @@ class GrpcioTransport:
     def _handlers(self) -> list[Any]:
         services = self._services
         methods = {name: _unary(name, serve_unary(call)) for name, call in services.control.methods().items()}
+        methods.update((name, _unary(name, serve_slow_unary(call))) for name, call in services.control.slow_methods().items())
         methods["ModelInfer"] = _unary("ModelInfer", serve_inference(services.inference, self._outlet, asyncio.get_running_loop()))
         methods["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(guarded("ModelStreamInfer", self._serve_stream))
         health = {name: _unary(name, serve_unary(call)) for name, call in services.health.methods().items()}
         health["Watch"] = grpc.unary_stream_rpc_method_handler(guarded("Watch", serve_watch(services.health)))
+        served = {SERVICE: methods, HEALTH_SERVICE: health}
+        if services.admin is not None:
+            served[ADMIN_SERVICE] = _admin_methods(services.admin)
         # Looked through in order, so inference comes first.
         return [
-            grpc.method_handlers_generic_handler(SERVICE, methods),
-            grpc.method_handlers_generic_handler(HEALTH_SERVICE, health),
-            *reflection_handlers((SERVICE, HEALTH_SERVICE)),
+            *(grpc.method_handlers_generic_handler(service, handlers) for service, handlers in served.items()),
+            *reflection_handlers(tuple(served)),
         ]
 
     async def _serve_stream(self, messages: AsyncIterator[bytes], context: Context) -> HeadraceError | None:
@@ -112,6 +126,12 @@ class GrpcioTransport:
             return await stream.run(messages)
         finally:
             self._streams.discard(stream)
+
+
+def _admin_methods(admin: AdminService) -> dict[str, Any]:
+    methods = {name: _unary(name, serve_admin(call)) for name, call in admin.methods().items()}
+    methods["WatchEvents"] = grpc.unary_stream_rpc_method_handler(guarded("WatchEvents", serve_events(admin)))
+    return methods
 
 
 def _unary(name: str, serve: Any) -> Any:

@@ -13,10 +13,12 @@ import grpc
 
 from headrace.errors import HeadraceError
 from headrace.requests import Answer, Reply
-from headrace.rpc.control import Unary
+from headrace.rpc.admin import AdminCall, AdminService
+from headrace.rpc.control import AsyncUnary, Unary
 from headrace.rpc.guard import as_known, is_cancelled
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
+from headrace.rpc.peer import Peer, read_peer
 from headrace.rpc.status import STATUS, status_details
 
 Context = Any
@@ -96,6 +98,24 @@ def serve_unary(call: Unary) -> Serve:
     return serve
 
 
+def serve_slow_unary(call: AsyncUnary) -> Serve:
+    async def serve(message: bytes, context: Context) -> Answer:
+        return await call(message)
+
+    return serve
+
+
+def serve_admin(call: AdminCall) -> Serve:
+    async def serve(message: bytes, context: Context) -> Answer:
+        return await call(message, _peer(context))
+
+    return serve
+
+
+def _peer(context: Context) -> Peer:
+    return read_peer(context.peer(), context.auth_context())
+
+
 def serve_inference(inference: InferenceService, outlet: LoopOutlet, loop: asyncio.AbstractEventLoop) -> Serve:
     async def serve(message: bytes, context: Context) -> Answer:
         future: asyncio.Future[Answer] = loop.create_future()
@@ -118,5 +138,14 @@ def serve_watch(health: HealthService) -> Serve:
         async with aclosing(health.watch(message)) as statuses:
             async for status in statuses:
                 await context.write(status)
+
+    return serve
+
+
+def serve_events(admin: AdminService) -> Serve:
+    async def serve(message: bytes, context: Context) -> None:
+        async with aclosing(admin.watch(message, _peer(context))) as events:
+            async for event in events:
+                await context.write(event)
 
     return serve
