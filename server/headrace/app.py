@@ -142,8 +142,7 @@ class Server:
             return
         path = Path(self.config.audit_log)
         for name, left in (await asyncio.to_thread(read_audit, path)).items():
-            if name and (left.blocked or left.labels):
-                self.models.add(name).remember(left.blocked, left.labels)
+            self.models.remember(name, left.blocked, left.labels)
         self.audit_log = AuditLog(path)
         self.models.event_log.subscribe(self.audit_log.record)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
@@ -12,6 +12,7 @@ from headrace.errors import NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
 from headrace.lifecycle.model import Model, Offer, Parts
+from headrace.lifecycle.policy import Key
 from headrace.lifecycle.routes import parse_version
 from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import INDEX_STATES
@@ -50,6 +51,7 @@ class ModelManager:
         self.models: dict[str, Model] = {}
         self.source_errors: dict[str, str] = {}
         self.conflicts: list[str] = []
+        self._remembered: dict[str, tuple[Mapping[Key, str], Mapping[str, int]]] = {}
         self._required: set[str] = set()
         self._left_behind: list[ModelVersion] = []
         self._tasks = Tasks()
@@ -210,7 +212,13 @@ class ModelManager:
         """The model of that name, made where it is new."""
         if name not in self.models:
             self.models[name] = Model(name, self._parts)
+            blocked, labels = self._remembered.get(name, ({}, {}))
+            self.models[name].remember(blocked, labels)
         return self.models[name]
+
+    def remember(self, name: str, blocked: Mapping[Key, str], labels: Mapping[str, int]) -> None:
+        """What an earlier run of the server left of a model that may come. Before the first listing is taken."""
+        self._remembered[name] = (blocked, labels)
 
     def model(self, name: str) -> Model:
         """Raises NotFound."""
@@ -241,7 +249,7 @@ class ModelManager:
         await asyncio.gather(*(entry.settle() for entry in self.models.values()))
         if not self._has_settled:
             self._has_settled = True
-            self._required = set(self.models)
+            self._required = {name for name, entry in self.models.items() if entry.offer is not None or entry.error}
         self._notify()
 
     # -- stopping ------------------------------------------------------------------------------------------------------
