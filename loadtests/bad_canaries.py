@@ -2,7 +2,8 @@
 
     python -m loadtests.bad_canaries [--model magika=FILE.onnx] [--percent 20] [--clients 4] [--seconds 60]
 
-A server in watch mode serves the model (the generated mlp without --model) under steady load, with canaries configured. Then it is
+A server in watch mode serves the model (without --model a generated perceptron of 256-2048-2048-16, in which twice the work takes
+twice the time; in the tiny `mlp` it does not) under steady load, with canaries configured. Then it is
 given, one after the other, versions that are made from the same model: one that answers NaN wherever the first output says one
 particular class, one that does the same work twice and so takes twice as long, and last a good one. It is a failure when
 
@@ -35,11 +36,12 @@ from onnx import helper, numpy_helper
 from tritonclient.grpc import service_pb2
 
 from loadtests.calls import INFER_PATH, infer_message, open_session, right_answer, sample_inputs
-from loadtests.models import add_models_argument, selected_models, write_repository
+from loadtests.models import add_models_argument, make_mlp, selected_models, write_repository
 from loadtests.process import ServerFailed, ServerProcess, exit_on_terminate, free_port
 from loadtests.statistics import markdown_table
 
 INPUTS = 64
+WIDE = (256, 2048, 2048, 16)
 TWICE = "twice."
 
 
@@ -221,6 +223,8 @@ def run(arguments: argparse.Namespace, name: str, file: Path | None) -> list[str
     with tempfile.TemporaryDirectory(prefix="canaries-") as directory:
         folder = Path(directory)
         path = write_repository(folder / "models", {name: file})[name]
+        if file is None:
+            path.write_bytes(make_mlp(widths=WIDE).SerializeToString())
         model, session = onnx.load(path), open_session(path)
         (folder / "models" / name / "model.toml").write_text(
             f'[rollout]\nmode = "canary"\npercent = {arguments.percent}\nprobation_s = {arguments.seconds}\n'

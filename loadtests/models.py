@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,12 +22,12 @@ MLP_WIDTHS = (16, 64, 64, 4)
 REAL_MODELS = ("magika", "ocr_cls", "ocr_rec", "ocr_det", "silero_vad")
 
 
-def make_mlp(seed: int = 20_241) -> onnx.ModelProto:
-    """Input `x` [N, 16] to output `y` [N, 4], FP32. The same seed gives the same weights on every machine."""
+def make_mlp(seed: int = 20_241, widths: Sequence[int] = MLP_WIDTHS) -> onnx.ModelProto:
+    """Input `x` [N, first width] to output `y` [N, last], FP32. The same seed gives the same weights on every machine."""
     rng = np.random.default_rng(seed)
     nodes, weights, value = [], [], "x"
-    for layer, (taken, given) in enumerate(pairwise(MLP_WIDTHS)):
-        is_last = layer == len(MLP_WIDTHS) - 2
+    for layer, (taken, given) in enumerate(pairwise(widths)):
+        is_last = layer == len(widths) - 2
         matrix = rng.standard_normal((taken, given)) / np.sqrt(taken)
         weights.append(numpy_helper.from_array(matrix.astype(np.float32), f"w{layer}"))
         weights.append(numpy_helper.from_array(rng.standard_normal(given).astype(np.float32) * np.float32(0.1), f"b{layer}"))
@@ -39,8 +39,8 @@ def make_mlp(seed: int = 20_241) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         MLP,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", MLP_WIDTHS[0]])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", MLP_WIDTHS[-1]])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", widths[0]])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", widths[-1]])],
         weights,
     )
     # Opset 17 and IR 8 are old enough for the ONNX Runtime of any peer.

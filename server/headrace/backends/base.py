@@ -44,6 +44,10 @@ class Backend(ABC):
     platform: ClassVar[str]
     """Triton's word for it in metadata, e.g. onnxruntime_onnx."""
 
+    works_on_the_caller: ClassVar[bool] = False
+    """Whether `execute` does its work, or an equal share of it, on the thread that calls it, so that the thread's CPU time tells what a
+    batch costs, whatever else runs on the same cores."""
+
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         self.path = path
         self.instance = instance

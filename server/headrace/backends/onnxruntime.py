@@ -57,6 +57,7 @@ class OnnxRuntimeBackend(Backend):
     name = "onnxruntime"
     default_filename = "model.onnx"
     platform = "onnxruntime_onnx"
+    works_on_the_caller = True
 
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         super().__init__(path, instance)

@@ -82,7 +82,9 @@ class BatchRunner:
         inputs = gather(self._signature, tickets, padded)
         wanted = union_outputs(tickets)
         input_done = time.monotonic()
+        cpu = time.thread_time() if backend.works_on_the_caller else 0.0
         arrays = backend.execute(inputs, [self._output_names[index] for index in wanted])
+        cost = time.thread_time() - cpu if backend.works_on_the_caller else None
         output_start = time.monotonic()
         self._check_rows(arrays, wanted, padded)
         answers = self._encoder.encode_batch(tickets, wanted, arrays, self._signature.max_batch_size > 0)
@@ -95,6 +97,7 @@ class BatchRunner:
             input_done=input_done,
             output_start=output_start,
             done=time.monotonic(),
+            cost=cost,
         )
         if self.screen_outputs:
             self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))

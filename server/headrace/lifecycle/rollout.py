@@ -47,7 +47,7 @@ Rejected (queue full, too late) and cancelled say how much was asked, not how it
 
 
 class SizeTimes(NamedTuple):
-    """Batches of one size: how many, and sums over their compute seconds, the squares of these, their logarithms, and the
+    """Batches of one size: how many, and sums over their cost in seconds, the squares of these, their logarithms, and the
     squares of these."""
 
     batches: int
@@ -97,7 +97,7 @@ def evidence(now: CounterSnapshot, before: CounterSnapshot | None = None, *, com
 
 
 def _size_times(counts: BatchSizeCounts) -> SizeTimes:
-    return SizeTimes(counts.executions, counts.compute, counts.compute_squares, counts.compute_logs, counts.compute_log_squares)
+    return SizeTimes(counts.executions, counts.cost, counts.cost_squares, counts.cost_logs, counts.cost_log_squares)
 
 
 # -- the judgement ---------------------------------------------------------------------------------------------------------

@@ -73,10 +73,10 @@ class Stage(enum.IntEnum):
 class BatchTimes:
     """One executed batch; times are time.monotonic(), one `arrived` and one `enqueued` a request.
 
-    `padded_rows` is what ran: `rows` and the padding.
+    `padded_rows` is what ran: `rows` and the padding. `cost`: seconds by which versions are compared; left out: those of computing.
     """
 
-    __slots__ = ("arrived", "done", "enqueued", "input_done", "output_start", "padded_rows", "rows", "taken")
+    __slots__ = ("arrived", "cost", "done", "enqueued", "input_done", "output_start", "padded_rows", "rows", "taken")
 
     def __init__(
         self,
@@ -89,7 +89,9 @@ class BatchTimes:
         input_done: float,
         output_start: float,
         done: float,
+        cost: float | None = None,
     ) -> None:
+        self.cost = output_start - input_done if cost is None else cost
         self.rows = rows
         self.padded_rows = padded_rows
         self.arrived = arrived
@@ -158,14 +160,16 @@ class CounterShard:
         seconds[4] += compute_output * requests
         size = self.batch_sizes.get(times.rows)
         if size is None:
-            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
         size[1] += compute_input
         size[2] += compute
         size[3] += compute_output
-        size[4] += compute * compute
-        logarithm = log(compute) if compute > 0 else _LOG_OF_NOTHING
-        size[5] += logarithm
-        size[6] += logarithm * logarithm
+        cost = times.cost
+        logarithm = log(cost) if cost > 0 else _LOG_OF_NOTHING
+        size[4] += cost
+        size[5] += cost * cost
+        size[6] += logarithm
+        size[7] += logarithm * logarithm
         size[0] += 1
         self.padding += times.padded_rows - times.rows
         self.last_inference = self.wall_clock()
@@ -213,16 +217,21 @@ def _count_durations(buckets: list[int], end: float, starts: Sequence[float]) ->
 
 @dataclass(frozen=True, slots=True)
 class BatchSizeCounts:
-    """Executions of one batch size and the seconds they spent. For comparing versions also the sums of the squares of their
-    compute seconds, of the logarithms and of the squares of these: how much times vary, and what is typical despite stray ones."""
+    """Executions of one batch size and the seconds they spent. For comparing versions also the sums of their costs, of the squares,
+    of the logarithms and of the squares of these: how much costs vary, and what is typical despite stray ones.
+
+    The cost is the CPU time of the thread that ran the batch, where that does the work. By the clock a canary would seem slow: on the
+    same cores its few batches run beside the old version's nearly always, and the old version's seldom beside one of the canary's.
+    """
 
     executions: int
     compute_input: float
     compute: float
     compute_output: float
-    compute_squares: float
-    compute_logs: float
-    compute_log_squares: float
+    cost: float
+    cost_squares: float
+    cost_logs: float
+    cost_log_squares: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,7 +78,7 @@ def test_rows_and_executions_are_counted_once_a_batch() -> None:
     assert three.executions == 2
     assert (three.compute_input, three.compute, three.compute_output) == pytest.approx((0.004, 0.020, 0.008))
     each = math.log(0.010)
-    assert (three.compute_squares, three.compute_logs, three.compute_log_squares) == pytest.approx((0.0002, 2 * each, 2 * each**2))
+    assert (three.cost_squares, three.cost_logs, three.cost_log_squares) == pytest.approx((0.0002, 2 * each, 2 * each**2))
 
 
 def test_last_inference_is_on_the_wall_clock() -> None:
