@@ -40,7 +40,7 @@ class Swapping:
     def __init__(self, root: Path, backend: type[Backend]) -> None:
         self.root = root
         self.source = FakeSource()
-        self.models = ModelManager({"fake": backend}, lambda: no_timer, drain_grace=5.0)
+        self.models = ModelManager({"fake": backend}, lambda: no_timer, drain_grace=5.0, pause=0.0)
         self.inference = InferenceService(self.models)
 
     def offer(self, *versions: int, model: str = "m", tokens: Mapping[int, str] | None = None, **config: Any) -> None:

@@ -26,6 +26,7 @@ from headrace.lifecycle.memory import limit_arenas
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.watcher import Watcher
 from headrace.plugins import load_backends, open_source
+from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
@@ -66,10 +67,12 @@ class Server:
         self.admin = Admin(self.models, self.watchers)
         self.audit_log: AuditLog | None = None
         self._tasks = Tasks()
+        self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         self.services = Services(
             InferenceService(self.models, self.access_log),
-            ControlService(self.models, server_name=config.server_name, server_version=__version__),
+            ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control),
             HealthService(self.models),
+            AdminService(self.admin, config.admin),
         )
         self.transport: Transport = GrpcioTransport(self.services, config)
         self.http: HttpServer | None = None
@@ -83,11 +86,16 @@ class Server:
         if self.config.http:
             registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
             registry.register(LifecycleCollector(self.admin))
-            self.http = HttpServer(self.config.http, self.models, registry)
+            self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
         await self._load()
+
+    def _look_now(self) -> None:
+        """Somebody says that something has changed, somewhere."""
+        for watcher in self.watchers:
+            watcher.hint()
 
     def _watcher(self, source: Source) -> Watcher:
         config = self.config
@@ -102,9 +110,8 @@ class Server:
 
     async def _load(self) -> None:
         await self._start_audit()
-        if self.config.model_control == "explicit":
-            control = ExplicitControl(self.models, self.sources)
-            await control.start(self.config.load_models)
+        if self.control is not None:
+            await self.control.start(self.config.load_models)
             await self._become_ready()
             return
         for watcher in self.watchers:
@@ -135,8 +142,7 @@ class Server:
             return
         path = Path(self.config.audit_log)
         for name, left in (await asyncio.to_thread(read_audit, path)).items():
-            if name and (left.blocked or left.labels):
-                self.models.add(name).remember(left.blocked, left.labels)
+            self.models.remember(name, left.blocked, left.labels)
         self.audit_log = AuditLog(path)
         self.models.event_log.subscribe(self.audit_log.record)
 
@@ -144,7 +150,7 @@ class Server:
         """Not ready, no new calls, finish what is queued within the grace, then workers, then sockets."""
         deadline = time.monotonic() + self.config.shutdown_grace
         self.models.announce_stop()
-        self.services.health.close()
+        self.services.close()
         # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
         await self._tasks.close()
         await self.transport.stop(self.config.shutdown_grace)

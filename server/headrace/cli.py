@@ -19,8 +19,9 @@ from headrace.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
     from headrace.app import Server
+    from headrace.backends.base import BackendRegistry
     from headrace.lifecycle.effective import EffectiveModel
-    from headrace.sources.base import Listing
+    from headrace.sources.base import ModelRef, Source
 
 DONE, FAILED, WRONG_USE = 0, 1, 2
 
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check", help="show what would be served, and why", description="Show every model's settings and their origin."
     )
-    check.add_argument("repository", type=Path, help="a directory of models")
+    check.add_argument("repository", help="a directory of models, or any URI that --models takes")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(run=_check)
     add_models(commands.add_parser("models", help="see and change the models of a running server"))
@@ -63,6 +64,7 @@ def _add_publish(publish: argparse.ArgumentParser) -> None:
     publish.add_argument("--name", required=True, help="the model's name")
     publish.add_argument("--version", type=int, metavar="N", help="left out: one more than the highest there")
     publish.add_argument("--metadata", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="kept in manifest.json")
+    publish.add_argument("--reference", type=Path, metavar="FILE", help="the drift reference that goes with it, kept as drift.msgpack")
     publish.add_argument("--sign", type=Path, metavar="KEY.pem", help="private key (EC, P-256) to sign the manifest with")
     publish.add_argument("--json", action="store_true", help="for machines")
     publish.set_defaults(run=_publish)
@@ -135,37 +137,53 @@ def _is_installed(name: str) -> bool:
 def _check(options: argparse.Namespace) -> int:
     import asyncio
 
-    from headrace.lifecycle.effective import resolve_model
-    from headrace.lifecycle.policy import select_versions
-    from headrace.plugins import load_backends, open_source
-    from headrace.sources.verification import verify_version
-
     check_runtime()
-
-    async def read() -> Listing:
-        return await open_source(str(options.repository), SourceConfig()).list()
-
-    listing = asyncio.run(read())
-    backends = load_backends()
-    results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
-    for model in listing.models.values():
-        policy = model.config.version_policy
-        numbers = select_versions(list(model.versions), policy)
-        if not numbers:
-            there = ", ".join(map(str, sorted(model.versions)))
-            results.append({"model": model.name, "error": f"version_policy '{policy}' selects none of its versions: {there}"})
-        for number in numbers:
-            try:
-                directory = Path(model.versions[number].location)
-                verify_version(model.config, directory.parent, directory)
-                effective = resolve_model(model.config, directory.parent, directory, backends)
-                results.append({"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)})
-            except HeadraceError as error:
-                results.append({"model": model.name, "version": number, "error": str(error)})
+    try:
+        results = asyncio.run(_check_source(options.repository))
+    except OSError as error:
+        print(f"headrace: {options.repository} cannot be read: {error.strerror or error}", file=sys.stderr)
+        return FAILED
     if not results:
         print(f"headrace: no models in '{options.repository}': expected {options.repository}/<model>/1/model.onnx", file=sys.stderr)
     print(json.dumps(results, indent=2) if options.json else "\n".join(map(_format_result, results)))
     return FAILED if not results or any("error" in result for result in results) else DONE
+
+
+async def _check_source(uri: str) -> list[dict[str, Any]]:
+    from headrace.lifecycle.policy import select_versions
+    from headrace.plugins import load_backends, open_source
+
+    source = open_source(uri, SourceConfig())
+    try:
+        listing = await source.list()
+        backends = load_backends()
+        results: list[dict[str, Any]] = [{"model": name, "error": reason} for name, reason in listing.errors.items()]
+        for model in listing.models.values():
+            policy = model.config.version_policy
+            numbers = select_versions(list(model.versions), policy)
+            if not numbers:
+                there = ", ".join(map(str, sorted(model.versions)))
+                results.append({"model": model.name, "error": f"version_policy '{policy}' selects none of its versions: {there}"})
+            results += [await _check_version(source, model, number, backends) for number in numbers]
+        return results
+    finally:
+        await source.close()
+
+
+async def _check_version(source: Source, model: ModelRef, number: int, backends: BackendRegistry) -> dict[str, Any]:
+    import asyncio
+
+    from headrace.lifecycle.version import inspect
+
+    try:
+        fetched = await source.fetch(model, number)
+        try:
+            effective = (await asyncio.to_thread(inspect, model.config, fetched, backends)).effective
+        finally:
+            fetched.release()
+    except HeadraceError as error:
+        return {"model": model.name, "version": number, "error": str(error)}
+    return {"model": model.name, "version": number, "settings": describe(effective), "notes": list(effective.notes)}
 
 
 def describe(effective: EffectiveModel) -> list[tuple[str, str, str]]:
@@ -205,7 +223,7 @@ def _publish(options: argparse.Namespace) -> int:
     from headrace.sources.publish import Order, publish
 
     metadata = dict(_read_pair(text) for text in options.metadata)
-    order = Order(options.artifact, options.name, options.version, metadata, options.sign)
+    order = Order(options.artifact, options.name, options.version, metadata, options.sign, options.reference)
     check_runtime()
     try:
         published = publish(order, open_destination(options.to, SourceConfig()), load_backends())

@@ -52,9 +52,17 @@ def load_server_config(flags: Mapping[str, Any], environment: Mapping[str, str],
 
 def load_model_toml(path: Path, name: str) -> ModelConfig:
     """Raises ConfigError naming the file and the key."""
-    where = f"{name}/{path.name}"
-    table = _read_toml(path)
-    origins = dict.fromkeys(table, path.name)
+    return _build_model(_read_toml(path), name)
+
+
+def parse_model_toml(raw: bytes, name: str) -> ModelConfig:
+    """The same from a model.toml that is not on this machine's disk."""
+    return _build_model(_parse_toml(raw, f"{name}/model.toml"), name)
+
+
+def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
+    where = f"{name}/model.toml"
+    origins = dict.fromkeys(table, "model.toml")
     instances = _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]")
     inputs = tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where))
     outputs = tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where))
@@ -136,11 +144,16 @@ def _nearest(name: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse_toml(path.read_bytes(), str(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
+
+
+def _parse_toml(raw: bytes, place: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(raw.decode())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from None
+        raise ConfigError(f"{place}: not valid TOML: {error}") from None
 
 
 def _pop_table(table: dict[str, Any], key: str, where: str) -> dict[str, Any]:

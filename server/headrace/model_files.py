@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 from headrace.config import ModelConfig
-from headrace.config_loading import load_model_toml
+from headrace.config_loading import load_model_toml, parse_model_toml
 from headrace.errors import ConfigError
 from headrace.wire.config_pbtxt import parse_config_pbtxt
 
@@ -26,12 +27,31 @@ def load_model_config(directory: Path, name: str) -> ModelConfig:
     if toml.exists():
         return load_model_toml(toml, name)
     if pbtxt.exists():
-        place = f"{name}/{pbtxt.name}"
-        config = parse_config_pbtxt(_read_text(pbtxt, place), place, name)
-        if config.name != name:
-            raise ConfigError(f"{place}: expected name '{name}' as its directory, got '{config.name}'")
-        return config
+        return _parse_pbtxt(_read_text(pbtxt, f"{name}/{pbtxt.name}"), name)
     return ModelConfig(name)
+
+
+def parse_model_config(files: Mapping[str, bytes], name: str) -> ModelConfig:
+    """What `load_model_config` makes of these files, by name, where they are not on this machine's disk."""
+    if set(CONFIG_FILES) <= set(files):
+        raise ConfigError(f"model '{name}' has both model.toml and config.pbtxt; expected one of them")
+    if "model.toml" in files:
+        return parse_model_toml(files["model.toml"], name)
+    if "config.pbtxt" in files:
+        try:
+            text = files["config.pbtxt"].decode()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{name}/config.pbtxt: expected UTF-8, byte {error.start} is not") from None
+        return _parse_pbtxt(text, name)
+    return ModelConfig(name)
+
+
+def _parse_pbtxt(text: str, name: str) -> ModelConfig:
+    place = f"{name}/config.pbtxt"
+    config = parse_config_pbtxt(text, place, name)
+    if config.name != name:
+        raise ConfigError(f"{place}: expected name '{name}' as its directory, got '{config.name}'")
+    return config
 
 
 def load_labels(directory: Path, filename: str) -> tuple[str, ...]:

@@ -31,10 +31,15 @@ def expect_little_work() -> None:
     _set_slice(SHORT_SLICE)
 
 
+def be_patient() -> None:
+    """The calling thread lets others go first from here on, and so do those that it starts."""
+    _set_slice(LONG_SLICE)
+
+
 @contextmanager
 def patient() -> Iterator[None]:
-    """The calling thread, and those that it starts, let others go first meanwhile; started threads for as long as they live."""
-    _set_slice(LONG_SLICE)
+    """As `be_patient`, for a while."""
+    be_patient()
     try:
         yield
     finally:

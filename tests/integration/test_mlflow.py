@@ -203,6 +203,36 @@ async def test_a_model_from_the_registry_is_served(tmp_path: Path, registry: Any
         assert (await client.infer("served", [tensor])).as_numpy("y").shape == (2, 4)
 
 
+async def test_moving_the_alias_deploys_and_moving_it_back_rolls_back_in_a_running_server(tmp_path: Path, registry: Any) -> None:
+    publish(tmp_path, "mlflow:moved@champion", "moved")
+
+    async def version_that_answers(client: Any, version: str = "") -> str:
+        tensor = triton.InferInput("x", [1, 8], "FP32")
+        tensor.set_data_from_numpy(np.ones((1, 8), np.float32))
+        result = await client.infer("moved", [tensor], model_version=version)
+        return str(result.get_response().model_version)
+
+    async def until_answers(client: Any, version: str) -> None:
+        async with asyncio.timeout(20):
+            while await version_that_answers(client) != version:
+                await asyncio.sleep(0.05)
+
+    async with (
+        serve_in_process("mlflow:moved@champion", poll_interval=0.3) as server,
+        aio.InferenceServerClient(server.grpc_addresses[0]) as client,
+    ):
+        assert await version_that_answers(client) == "1"
+        await asyncio.to_thread(publish, tmp_path, "mlflow:moved", "moved")
+        await asyncio.sleep(1)
+        assert await version_that_answers(client) == "1", "a version that the alias does not name was taken up"
+        await asyncio.to_thread(registry.set_registered_model_alias, "moved", "champion", "2")
+        await until_answers(client, "2")
+        assert await version_that_answers(client, "champion") == "2"
+        await asyncio.to_thread(registry.set_registered_model_alias, "moved", "champion", "1")
+        await until_answers(client, "1")
+        assert not server.watchers[0].error
+
+
 # -- what else is in a registry ----------------------------------------------------------------------------------------
 
 

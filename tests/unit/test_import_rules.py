@@ -37,8 +37,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.sources.cache", "headrace.backends.onnx_graph"),
-    ("headrace.sources.cache", "headrace.sources.mlflow_registry"),
+    ("headrace.sources.verification", "headrace.backends.onnx_graph"),
+    (
+        "headrace.sources.cache",
+        "headrace.sources.mlflow_registry",
+        "headrace.sources.object_store_index",
+        "headrace.sources.object_store_client",
+    ),
     (
         "headrace.backends.onnxruntime",
         "headrace.plugins",
@@ -59,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.backends.worker",
+        "headrace.lifecycle.recorded",
         "headrace.lifecycle.warm_up",
         "headrace.lifecycle.version",
         "headrace.lifecycle.routes",

@@ -12,8 +12,15 @@ from pathlib import Path
 
 MODEL_GRAPH = 7
 GRAPH_INITIALIZER = 5
+TENSOR_DIMS = 1
+TENSOR_DATATYPE = 2
+_FLOATS = frozenset({1, 10, 11, 16})
+"""FLOAT, FLOAT16, DOUBLE, BFLOAT16"""
 SMALL = 4096
-"""Bytes. Smaller initializers are part of the graph: the target of a Reshape decides about the batch dimension."""
+"""Bytes. Larger initializers are weights, whatever they are."""
+FEW = 8
+"""Elements. Smaller ones are part of the graph, since the target of a Reshape decides about the batch dimension; but not floats, unless
+there are so few that they may be the scales of a Resize."""
 LARGEST_GRAPH = 64 << 20
 
 _VARINT, _DELIMITED = 0, 2
@@ -58,13 +65,37 @@ def _walk(file: io.BufferedReader, stop: int, digest: hashlib._Hash, *, is_graph
         file.seek(start)
         if kind == _DELIMITED and not is_graph and field == MODEL_GRAPH:
             _walk(file, end, digest, is_graph=True)
-        elif is_graph and field == GRAPH_INITIALIZER and length > SMALL:
+        elif is_graph and field == GRAPH_INITIALIZER:
+            if length <= SMALL and not _is_weights(content := file.read(length)):
+                digest.update(content)
             file.seek(end)
         elif length > LARGEST_GRAPH:
             raise ValueError("too large to be read for this")
         else:
             digest.update(file.read(length))
         start = end
+
+
+def _is_weights(tensor: bytes) -> bool:
+    """Of a TensorProto (field 1: dims, 2: data_type), whether it holds more than a few floats. Raises ValueError."""
+    position, elements, datatype = 0, 1, 0
+    while position < len(tensor):
+        tag, position = _read_varint(tensor, position)
+        field, kind = tag >> 3, tag & 7
+        if kind == _VARINT:
+            value, position = _read_varint(tensor, position)
+            elements *= value if field == TENSOR_DIMS else 1
+            datatype = value if field == TENSOR_DATATYPE else datatype
+            continue
+        length = _FIXED.get(kind, 0)
+        if kind == _DELIMITED:
+            length, position = _read_varint(tensor, position)
+        end = position + length
+        while kind == _DELIMITED and field == TENSOR_DIMS and position < end:  # packed, as some writers do it
+            value, position = _read_varint(tensor, position)
+            elements *= value
+        position = end
+    return datatype in _FLOATS and elements > FEW
 
 
 def _read_varint(header: bytes, position: int) -> tuple[int, int]:

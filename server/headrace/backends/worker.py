@@ -139,10 +139,10 @@ class Worker:
     def is_alive(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def prepare(self, warm_up: Callable[[Backend], WarmUp]) -> Future[WarmUp]:
-        """Start the thread, load and warm there. After a failure the backend is closed and the thread gone."""
+    def prepare(self, warm_up: Callable[[Backend], WarmUp], pause: float = 0.0) -> Future[WarmUp]:
+        """Start the thread, load and, `pause` seconds later, warm there. After a failure the backend is closed and the thread gone."""
         ready: Future[WarmUp] = Future()
-        self._thread = threading.Thread(target=self._main, args=(ready, warm_up), name=self.name, daemon=True)
+        self._thread = threading.Thread(target=self._main, args=(ready, warm_up, pause), name=self.name, daemon=True)
         self._thread.start()
         return ready
 
@@ -186,11 +186,11 @@ class Worker:
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
-    def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp]) -> None:
+    def _main(self, ready: Future[WarmUp], warm_up: Callable[[Backend], WarmUp], pause: float) -> None:
         # From here on nobody can cancel it: whoever waited may have gone, and the result still has a place.
         ready.set_running_or_notify_cancel()
         with patient():
-            result = self._prepare(warm_up)
+            result = self._prepare(warm_up, pause)
         if isinstance(result, HeadraceError):
             # Closed first: whoever is told of the failure may count on the memory.
             self._close()
@@ -206,10 +206,11 @@ class Worker:
             self._work = self._inline = None
             self._close()
 
-    def _prepare(self, warm_up: Callable[[Backend], WarmUp]) -> WarmUp | HeadraceError:
+    def _prepare(self, warm_up: Callable[[Backend], WarmUp], pause: float) -> WarmUp | HeadraceError:
         """Load and warm; the reason when that went wrong, whatever the backend raised."""
         try:
             self._backend.load()
+            time.sleep(pause)
             if self._is_stopping:
                 return LoadError(f"{self.name}: stopped while it was loaded")
             return warm_up(self._backend)

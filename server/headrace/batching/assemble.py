@@ -32,14 +32,15 @@ def gather(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[s
         first = tickets[0].inputs[index]
         if first is None:
             continue
-        array = _array(spec, first) if len(tickets) == 1 else _join(spec, [ticket.inputs[index] for ticket in tickets])
+        array = as_array(spec, first) if len(tickets) == 1 else _join(spec, [ticket.inputs[index] for ticket in tickets])
         if signature.max_batch_size and array.shape[0] < rows:
             array = np.concatenate([array, np.repeat(array[:1], rows - array.shape[0], axis=0)])
         arrays[spec.name] = array
     return arrays
 
 
-def _array(spec: TensorSpec, tensor: InputTensor) -> Array:
+def as_array(spec: TensorSpec, tensor: InputTensor) -> Array:
+    """A view of its bytes where they are aligned, else a copy."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.reshape(tensor.shape)
     array = np.frombuffer(tensor.data, spec.datatype.dtype).reshape(tensor.shape)

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from headrace.config import ModelConfig
-from headrace.errors import ConfigError, NotReady, ServerError
+from headrace.errors import ConfigError, ServerError
 from headrace.lifecycle.manager import ModelManager, make_offer
 from headrace.lifecycle.model import Offer
 from headrace.lifecycle.version import WantedVersion
@@ -21,24 +21,8 @@ from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 
-REFUSED = "explicit model load / unload is not allowed if polling is enabled"
-"""Triton's text, which its clients' tests assert, also where nothing is polled."""
-
-
 REQUEST = "request"
 """Where a version comes from whose files were in the request."""
-
-
-class NoControl:
-    """The modes in which sources alone decide."""
-
-    allows_control = False
-
-    async def load(self, model: str, config: ModelConfig | None, files: Mapping[str, bytes]) -> None:
-        raise NotReady(REFUSED)
-
-    async def unload(self, model: str, *, with_dependents: bool) -> None:
-        raise NotReady(REFUSED)
 
 
 class ExplicitControl:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
@@ -12,11 +12,12 @@ from headrace.errors import NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
 from headrace.lifecycle.model import Model, Offer, Parts
+from headrace.lifecycle.policy import Key
 from headrace.lifecycle.routes import parse_version
 from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import INDEX_STATES
 from headrace.lifecycle.tasks import Tasks
-from headrace.lifecycle.version import ModelVersion, WantedVersion
+from headrace.lifecycle.version import PAUSE, ModelVersion, WantedVersion
 from headrace.lifecycle.view import IndexEntry, Submits
 from headrace.requests import InferRequest
 from headrace.sources.base import Listing, ModelRef, Source
@@ -44,11 +45,13 @@ class ModelManager:
         load_concurrency: int = 2,
         access_log: AccessLog | None = None,
         drain_grace: float = 30.0,
+        pause: float = PAUSE,
     ) -> None:
         self.event_log = EventLog()
         self.models: dict[str, Model] = {}
         self.source_errors: dict[str, str] = {}
         self.conflicts: list[str] = []
+        self._remembered: dict[str, tuple[Mapping[Key, str], Mapping[str, int]]] = {}
         self._required: set[str] = set()
         self._left_behind: list[ModelVersion] = []
         self._tasks = Tasks()
@@ -65,6 +68,7 @@ class ModelManager:
             events=self.event_log,
             access_log=access_log,
             drain_grace=drain_grace,
+            pause=pause,
             notify=self._notify,
             unloaded=self._unloaded,
         )
@@ -208,7 +212,13 @@ class ModelManager:
         """The model of that name, made where it is new."""
         if name not in self.models:
             self.models[name] = Model(name, self._parts)
+            blocked, labels = self._remembered.get(name, ({}, {}))
+            self.models[name].remember(blocked, labels)
         return self.models[name]
+
+    def remember(self, name: str, blocked: Mapping[Key, str], labels: Mapping[str, int]) -> None:
+        """What an earlier run of the server left of a model that may come. Before the first listing is taken."""
+        self._remembered[name] = (blocked, labels)
 
     def model(self, name: str) -> Model:
         """Raises NotFound."""
@@ -239,7 +249,7 @@ class ModelManager:
         await asyncio.gather(*(entry.settle() for entry in self.models.values()))
         if not self._has_settled:
             self._has_settled = True
-            self._required = set(self.models)
+            self._required = {name for name, entry in self.models.items() if entry.offer is not None or entry.error}
         self._notify()
 
     # -- stopping ------------------------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ class Parts:
     events: EventLog
     access_log: AccessLog | None
     drain_grace: float
+    pause: float
     notify: Callable[[], None]
     unloaded: Callable[[ModelVersion], None]
 
@@ -235,6 +236,7 @@ class Model:
             schedule=self._parts.schedule,
             access_log=self._parts.access_log,
             on_change=self._version_changed,
+            pause=self._parts.pause,
         )
         self.versions.append(version)
         self.unloaded.pop(key.number, None)

@@ -11,10 +11,7 @@ raise or wait, and nothing of the candidate runs on a thread of the live version
 
 from __future__ import annotations
 
-import contextlib
-import os
 import queue
-import sys
 import threading
 import time
 from bisect import bisect_left
@@ -30,6 +27,7 @@ from headrace.errors import HeadraceError
 from headrace.requests import Answer, InferRequest, Outlet, Reply
 from headrace.signature import DataType, format_shape
 from headrace.telemetry.log import get_logger
+from headrace.threads import be_patient
 from headrace.wire.messages import ModelInferResponse
 from headrace.wire.tensors import decode_bytes_tensor
 
@@ -41,9 +39,6 @@ MAX_PAIRS = 64
 DISTANCE_EDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 0.1, 1.0, 10.0)
 FARTHEST = 1e9
 """What counts in the sum of distances for those that are no number, since a sum with an infinity says nothing ever after."""
-NICENESS = 5
-"""Beyond the other threads', which leaves it a third of their share. Not 19: the thread holds the GIL at times, and the event loop
-would wait for it to be scheduled."""
 _TIE = 1e-6
 """Scores closer than that, as a part of 1 + |score|, are in no order: another order of additions swaps them."""
 
@@ -314,10 +309,7 @@ class Shadow:
     # -- the shadow's thread -----------------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # elsewhere threads have no priority of their own, and this would be the process's
-            with contextlib.suppress(OSError):
-                thread = threading.get_native_id()
-                os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+        be_patient()
         while (pair := self._ready.get()) is not None:
             try:
                 if pair.shadow is None:

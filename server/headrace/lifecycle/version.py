@@ -23,6 +23,7 @@ from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.memory import available_memory, resident_bytes
 from headrace.lifecycle.policy import Key
+from headrace.lifecycle.recorded import Recorded, read_recorded
 from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
@@ -70,6 +71,13 @@ class Inspection:
     available: int
     digest: str
     manifest: Manifest | None
+    recorded: Recorded = ()
+
+
+PAUSE = 0.2
+"""Seconds between looking at a version, loading it and warming it up, while another one serves: longer than most requests take, so
+that one that waits meets a part of the work and not all of it. Magika swapped every second on one saturated core, latency 120 ms
+throughout: p99 while swapping 1.28 times the steady one without, 1.08-1.14 with it."""
 
 
 class ModelVersion:
@@ -83,6 +91,7 @@ class ModelVersion:
         schedule: Schedule,
         access_log: AccessLog | None = None,
         on_change: Callable[[ModelVersion], None],
+        pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.want = want
@@ -102,6 +111,7 @@ class ModelVersion:
         self._schedule = schedule
         self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
         self._on_change = on_change
+        self._pause = pause
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
@@ -192,10 +202,12 @@ class ModelVersion:
             self.is_prepared = True
             self._on_change(self)
             await self._leave
+            effective, before = inspection.effective, predecessor()
+            pause = self._pause if before is not None else 0.0
+            await asyncio.sleep(pause)
             async with slots:
                 self.move(VersionState.LOADING)
-                effective = inspection.effective
-                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(predecessor(), effective))
+                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(before, effective), pause)
         except asyncio.CancelledError:
             self._abandon()
             raise
@@ -250,22 +262,26 @@ class ModelVersion:
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 
-    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> None:
+    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float) -> None:
         before = resident_bytes()
         try:
-            warm = await self._start_workers(effective, directory, backend, known)
+            warm = await self._start_workers(effective, directory, backend, known, pause)
         except BatchAxisError as error:
             effective = without_batching(effective, str(error))
-            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN)
+            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
             log.warning("version not warmed up", model=self.model, version=self.version, reason=warm.failure)
+        if self.inspection is not None:
+            self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.latencies = dict(warm.seconds)
         self.effective = effective
         self._open(effective)
 
-    async def _start_workers(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known) -> WarmUp:
+    async def _start_workers(
+        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float
+    ) -> WarmUp:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
@@ -274,8 +290,16 @@ class ModelVersion:
             self.move(VersionState.WARMING)
         self._workers = workers
         has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
-        warm = functools.partial(warm_up, signature=effective.signature, sizes=sizes, runs=runs, must_run_all=has_to_run_all, known=known)
-        ready = [asyncio.wrap_future(worker.prepare(warm)) for worker in workers]
+        warm = functools.partial(
+            warm_up,
+            signature=effective.signature,
+            sizes=sizes,
+            runs=runs,
+            must_run_all=has_to_run_all,
+            known=known,
+            recorded=self.inspection.recorded if self.inspection is not None else (),
+        )
+        ready = [asyncio.wrap_future(worker.prepare(warm, pause)) for worker in workers]
         results = await asyncio.gather(*ready, return_exceptions=True)
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
@@ -392,7 +416,8 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     manifest, digest = verify_version(config, fetched.model_directory, directory)
     effective = resolve_model(config, fetched.model_directory, directory, backends, known)
     needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
-    return Inspection(effective, needed, available_memory(), digest, manifest)
+    recorded = read_recorded(effective.signature, fetched.model_directory, directory)
+    return Inspection(effective, needed, available_memory(), digest, manifest, recorded)
 
 
 def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:

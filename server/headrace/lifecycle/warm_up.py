@@ -13,7 +13,8 @@ import numpy as np
 from headrace.backends.base import Array, Backend
 from headrace.backends.worker import WarmUp
 from headrace.batching.batch_queue import NEVER
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, LoadError
+from headrace.lifecycle.recorded import Recorded
 from headrace.signature import Signature
 
 FREE_DIMENSION_GUESSES = (64, 32, 224, 1)
@@ -79,14 +80,18 @@ def warm_up(
     *,
     must_run_all: bool = False,
     known: Known = NOTHING_KNOWN,
+    recorded: Recorded = (),
 ) -> WarmUp:
     """Run and time the sizes in `runs` rounds, those that are not worth it left out; with `must_run_all` each once at least.
 
     `known`: of the version before this one; l(b) is this one's too unless it shows itself slower. Measuring takes half a second of a
     core that serves, and beside other load it measures that. Then the smallest batch that tells all is run, and the sizes that must.
-    Synthesised inputs that the model refuses are no failure of the model: it says so and goes on.
+    Synthesised inputs that the model refuses are no failure of the model: it says so and goes on. `recorded` ones are, being what
+    clients send: raises LoadError with the request's name.
     Raises BatchAxisError when the model batches by its signature but not in fact.
     """
+    for name, inputs in recorded:
+        _run_recorded(backend, name, inputs)
     failure = ""
     if not runs:
         return WarmUp({})
@@ -96,7 +101,9 @@ def warm_up(
             if known.seconds:
                 if must_run_all:
                     _run_others(backend, signature, guess, sizes, first.rows)
-                if first.cpu_seconds <= SLOWER * known.seconds.get(first.rows, NEVER) + SLOWER_BY:
+                limit = SLOWER * known.seconds.get(first.rows, NEVER) + SLOWER_BY
+                # What is done once may have made the first run slow: then the second one tells.
+                if first.cpu_seconds <= limit or _time_one(backend, synthesise(signature, first.rows, guess)) <= limit:
                     return WarmUp(known.seconds)
             sample = functools.partial(_sample, backend, signature, guess)
             seconds = measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET))
@@ -109,9 +116,26 @@ def warm_up(
     return WarmUp({}, failure)
 
 
+def _run_recorded(backend: Backend, name: str, inputs: Mapping[str, Array]) -> None:
+    try:
+        backend.warm(inputs)
+    except HeadraceError as error:
+        reason = str(error)
+    else:
+        return
+    raise LoadError(f"the recorded request {name} fails: {reason}")
+
+
 SLOWER = 1.5
 SLOWER_BY = 50e-6
 """Times the l(b) of the version before, and seconds; beyond both the new one is measured anew."""
+
+
+def _time_one(backend: Backend, inputs: Mapping[str, Array]) -> float:
+    """The calling thread's CPU time."""
+    began = time.thread_time()
+    backend.warm(inputs)
+    return time.thread_time() - began
 
 
 def _run_others(backend: Backend, signature: Signature, guess: int, sizes: Sequence[int], done: int) -> None:

@@ -39,8 +39,11 @@ class DirectorySource(Source):
 
     async def fetch(self, model: ModelRef, version: int) -> Fetched:
         directory = Path(model.versions[version].location)
-        if not await asyncio.to_thread(directory.is_dir):
-            raise LoadError(f"{model.name}/{version} is not there any more")
+        try:
+            await asyncio.to_thread(lambda: [path.stat() for path in _walk(directory)])
+        except OSError as error:
+            name = Path(error.filename or directory).name
+            raise LoadError(f"{model.name}/{version} cannot be read: {error.strerror}: {name}") from None
         return Fetched(directory.parent, directory)
 
     async def wait_for_change(self) -> None:
@@ -112,14 +115,32 @@ def _read_version(directory: Path, beside: Sequence[Path], served_with: str) -> 
 
     Reads no content but a manifest's. Links are followed, so that Kubernetes' swap of ..data shows as another inode.
     """
+    try:
+        token = _token(directory, beside, served_with)
+    except OSError as error:
+        # A dangling link, a file that is just being replaced, no permission: this version's matter, which fails with it when it is
+        # fetched; those beside it are not held up.
+        return VersionRef(f"unreadable-{error.errno}", str(directory), is_complete=False)
+    return VersionRef(token, str(directory), is_copied_whole(directory))
+
+
+def _token(directory: Path, beside: Sequence[Path], served_with: str) -> str:
     digest = hashlib.sha256(served_with.encode())
     for path in [*beside, *_walk(directory)]:
         stat = path.stat()
         name = os.fsencode(path.relative_to(directory.parent))
         digest.update(name + f"\0{stat.st_size}\0{stat.st_mtime_ns}\0{stat.st_ino}\n".encode())
-    return VersionRef(digest.hexdigest()[:16], str(directory), is_copied_whole(directory))
+    return digest.hexdigest()[:16]
 
 
 def _walk(directory: Path) -> Iterator[Path]:
+    """Itself and everything below. Raises OSError where it cannot look, which Path.rglob passes over."""
     yield directory
-    yield from sorted(directory.rglob("*"))
+    for folder, names, files in os.walk(directory, onerror=_raise):
+        names.sort()
+        for name in sorted([*names, *files]):
+            yield Path(folder) / name
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -40,17 +40,19 @@ if TYPE_CHECKING:
 
 STAGING_PREFIX = ".staging-"
 LARGEST_VERSION = 2**63 - 1
+REFERENCE_NAME = "drift.msgpack"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What to publish, and as what. `version` None: the next free one."""
+    """What to publish, and as what. `version` None: the next free one. `reference`: the drift reference that goes with it."""
 
     artifact: Path
     model: str
     version: int | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
     signing_key: Path | None = None
+    reference: Path | None = None
 
     def __post_init__(self) -> None:
         _check_model_name(self.model)
@@ -140,6 +142,10 @@ def copy_artifact(order: Order, config: ModelConfig, directory: Path, staging: P
         files = {_name_in_version(order, config, backends): source}
     else:
         raise ConfigError(f"{source}: expected a model file or a directory, found nothing")
+    if order.reference is not None:
+        if not order.reference.is_file():
+            raise ConfigError(f"--reference: expected a file, found none at {order.reference}")
+        files[REFERENCE_NAME] = order.reference
     entries = {}
     for name, path in sorted(files.items()):
         target = staging / name

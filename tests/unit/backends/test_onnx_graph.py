@@ -14,22 +14,36 @@ def digest(tmp_path: Path, model: ModelProto) -> str:
     return graph_digest(onnx_models.save(model, tmp_path / "m"))
 
 
-def add_one(model: ModelProto, *, is_large: bool) -> ModelProto:
-    """To all its weights that take more, or less, than a few kB."""
-    changed = ModelProto()
-    changed.CopyFrom(model)
-    found = [tensor for tensor in changed.graph.initializer if (len(tensor.SerializeToString()) > 4096) == is_large]
-    assert found
-    for tensor in found:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(1), tensor.name))
-    return changed
+def change(model: ModelProto, array: np.ndarray) -> tuple[ModelProto, ModelProto]:
+    """The model with one more initializer, and the same with that one's elements changed."""
+    pair = []
+    for values in (array, array + array.dtype.type(1)):
+        changed = ModelProto()
+        changed.CopyFrom(model)
+        changed.graph.initializer.append(numpy_helper.from_array(values, "another"))
+        pair.append(changed)
+    return pair[0], pair[1]
 
 
-def test_only_large_weights_make_no_difference_since_small_ones_may_be_shapes(tmp_path: Path) -> None:
-    model = onnx_models.mlp(64, 64, 64)
-    before = digest(tmp_path, model)
-    assert digest(tmp_path, add_one(model, is_large=True)) == before
-    assert digest(tmp_path, add_one(model, is_large=False)) != before
+@pytest.mark.parametrize(
+    ("array", "is_weights"),
+    [
+        (np.ones((64, 64), np.float32), True),
+        (np.ones(64, np.float32), True),
+        (np.ones(9, np.float64), True),
+        (np.ones((64, 100), np.int8), True),
+        (np.ones(4, np.float32), False),
+        (np.array([1, 64], np.int64), False),
+        (np.ones(64, np.int64), False),
+    ],
+)
+def test_weights_make_no_difference_and_what_may_be_a_shape_or_a_scale_does(tmp_path: Path, array: np.ndarray, is_weights: bool) -> None:
+    before, after = change(onnx_models.mlp(8, 4), array)
+    assert (digest(tmp_path, before) == digest(tmp_path, after)) is is_weights
+
+
+def test_a_model_trained_anew_has_the_same_graph(tmp_path: Path) -> None:
+    assert digest(tmp_path, onnx_models.mlp(64, 32, 10, seed=1)) == digest(tmp_path, onnx_models.mlp(64, 32, 10, seed=2)) != ""
 
 
 def test_nodes_names_and_shapes_count(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from headrace.config import BatchingConfig, ModelConfig
 from headrace.errors import LoadError, NotFound, NotReady, ServerError
-from headrace.lifecycle.control import ExplicitControl, NoControl
+from headrace.lifecycle.control import ExplicitControl
 from headrace.testing import FakeBackend
 from swapping import Swapping, scaling
 
@@ -119,10 +119,3 @@ async def test_an_unloaded_model_stays_known_and_takes_no_requests(swap: Swappin
     await control.load("m", None, {})
     assert await swap.ask() == (1, 1.0)
     await control.unload("unknown", with_dependents=False)
-
-
-async def test_where_sources_decide_nothing_is_loaded_or_unloaded_by_request() -> None:
-    with pytest.raises(NotReady, match="explicit model load / unload is not allowed if polling is enabled"):
-        await NoControl().load("m", None, {})
-    with pytest.raises(NotReady, match="explicit model load / unload is not allowed if polling is enabled"):
-        await NoControl().unload("m", with_dependents=False)

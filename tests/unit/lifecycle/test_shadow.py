@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import random
-import sys
 import threading
 import time
 import weakref
@@ -17,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from headrace.errors import BackendError, HeadraceError, NotReady
-from headrace.lifecycle.shadow import DISTANCE_EDGES, NICENESS, Shadow, compare_answers
+from headrace.lifecycle.shadow import DISTANCE_EDGES, Shadow, compare_answers
 from headrace.requests import Answer, InferRequest, InputTensor, Reply
 from headrace.signature import DataType, TensorSpec
 from headrace.telemetry.shadow_metrics import shadow_lines
@@ -278,17 +276,6 @@ def test_close_forgets_the_pairs_and_lets_live_answers_through(versions: Version
     del shadow
     gc.collect()
     assert gone() is None, "nothing of it is kept by answered replies"
-
-
-def test_the_thread_gives_way_to_those_that_serve(shadow: Shadow, versions: Versions) -> None:
-    if sys.platform != "linux":
-        pytest.skip("threads have priorities of their own on Linux only")
-    candidate, outlet = versions(2), CollectingOutlet()
-    outlet.wait(ask(shadow, versions(1), candidate, outlet))
-    until(lambda: shadow.snapshot().compared == 1)
-    (thread,) = [each for each in threading.enumerate() if each.name == "echo:2 shadow" and each.is_alive()]
-    assert thread.native_id is not None
-    assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == min(os.getpriority(os.PRIO_PROCESS, 0) + NICENESS, 19)
 
 
 def misbehaving(rng: random.Random) -> Any:

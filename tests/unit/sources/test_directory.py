@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from headrace.config import SourceConfig
-from headrace.errors import ConfigError
+from headrace.errors import ConfigError, LoadError
 from headrace.sources import directory as module
 from headrace.sources.base import Listing, is_version_name
 from headrace.sources.directory import DirectorySource
@@ -131,13 +131,15 @@ def test_model_without_a_version_is_an_error(tmp_path: Path) -> None:
     assert listing(tmp_path).errors == {"m": "model 'm' has no version: expected a directory such as m/1 with a model file in it"}
 
 
-def test_dangling_link_is_an_error_of_its_model_only(tmp_path: Path) -> None:
-    add(tmp_path / "good" / "1")
-    add(tmp_path / "bad" / "1")
-    (tmp_path / "bad" / "1" / "weights.data").symlink_to(tmp_path / "gone")
-    found = listing(tmp_path)
-    assert list(found.models) == ["good"]
-    assert found.errors == {"bad": "model 'bad' cannot be read: No such file or directory: weights.data"}
+async def test_a_version_that_cannot_be_read_fails_when_it_is_fetched_and_holds_up_no_other(tmp_path: Path) -> None:
+    add(tmp_path / "m" / "1")
+    (add(tmp_path / "m" / "2") / "weights.data").symlink_to(tmp_path / "gone")
+    source = DirectorySource(str(tmp_path), SourceConfig())
+    found = await source.list()
+    assert (found.errors, sorted(found.models["m"].versions)) == ({}, [1, 2])
+    await source.fetch(found.models["m"], 1)
+    with pytest.raises(LoadError, match=r"m/2 cannot be read: No such file or directory: weights\.data"):
+        await source.fetch(found.models["m"], 2)
 
 
 @pytest.mark.parametrize(("name", "found"), [("missing", "nothing"), ("file", "a file")])

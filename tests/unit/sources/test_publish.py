@@ -192,6 +192,18 @@ def test_a_single_models_directory_and_the_model_itself_are_no_repositories(arti
         publish_digits(repository.parent, repository)
 
 
+def test_a_drift_reference_travels_with_the_version_and_is_verified_with_it(artifact: Path, repository: Path, tmp_path: Path) -> None:
+    reference = tmp_path / "measured.msgpack"
+    with pytest.raises(ConfigError, match="--reference: expected a file, found none at"):
+        publish_digits(artifact, repository, reference=reference)
+    reference.write_bytes(b"bins")
+    published = publish_digits(artifact, repository, reference=reference)
+    assert (Path(published.location) / "drift.msgpack").read_bytes() == b"bins"
+    (Path(published.location) / "drift.msgpack").write_bytes(b"sins")
+    with pytest.raises(LoadError, match=r"drift\.msgpack: expected sha256"):
+        verify(repository / "digits", Path(published.location))
+
+
 # -- signatures --------------------------------------------------------------------------------------------------------
 
 
