@@ -20,12 +20,12 @@ DIGITS = ModelDescription(
     version_policy="latest:2",
     versions=(
         VersionDescription(
-            3, "LIVE", since=NOW - 3 * 86400, location="/srv/models/digits/3", token="a1b2", labels=("stable",), is_default=True,
+            3, "live", since=NOW - 3 * 86400, location="/srv/models/digits/3", token="a1b2", labels=("stable",), is_default=True,
             traffic=90.0, load_seconds=1.25, memory_bytes=42 << 20, requests=123_456, failures=7, digest="9f" * 32,
             metadata={"run": "417", "git": "8ab30a4"},
         ),
-        VersionDescription(4, "LIVE", since=NOW - 150, location="/srv/models/digits/4", labels=("canary",), traffic=10.0, requests=80),
-        VersionDescription(5, "FAILED", "model.onnx: sha256 differs from manifest.json: expected 12ab…, got 98fe…", since=NOW - 20),
+        VersionDescription(4, "live", since=NOW - 150, location="/srv/models/digits/4", labels=("canary",), traffic=10.0, requests=80),
+        VersionDescription(5, "failed", "model.onnx: sha256 differs from manifest.json: expected 12ab…, got 98fe…", since=NOW - 20),
     ),
     labels={"canary": 4, "stable": 3},
     rollout=RolloutDescription(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from headrace import __version__
+from headrace.cli_models import add_models
 from headrace.config import ServerConfig, SourceConfig
 from headrace.config_loading import ENVIRONMENT_PREFIX, load_server_config, option_keys
 from headrace.errors import ConfigError, HeadraceError
@@ -50,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("repository", help="a directory of models, or any URI that --models takes")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(run=_check)
+    add_models(commands.add_parser("models", help="see and change the models of a running server"))
     _add_publish(commands.add_parser("publish", help="put a model into a repository as a new version, whole or not at all"))
     return parser
 

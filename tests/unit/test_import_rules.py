@@ -78,7 +78,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("headrace.telemetry", "headrace.rpc", "headrace.http"),
     ("headrace.app",),
-    ("headrace.testing", "headrace.cli"),
+    ("headrace.testing", "headrace.cli", "headrace.cli_models", "headrace.cli_tables"),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import ssl
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -130,16 +132,33 @@ class AdminClient:
         return CallFailed(code, details)
 
 
+_WRAPPING = re.compile(r".*last error: |[A-Z_]+: (?=\S+: )|(?:ipv4|ipv6|unix):\S+: ")
+"""gRPC's sentence about every address that it tried, and the address, of which our caller knows the one that it gave."""
+
+
 def _last_error(details: str) -> str:
-    """gRPC wraps what went wrong in a sentence for every address that it tried."""
-    _, found, rest = details.partition("last error: ")
-    return rest if found else details
+    while wrapping := _WRAPPING.match(details):
+        details = details[wrapping.end() :]
+    return details
 
 
 def _credentials(tls: Tls) -> Any:
-    return grpc.ssl_channel_credentials(
-        _read("--tls-ca", tls.authority), _read("--tls-key", tls.key), _read("--tls-certificate", tls.certificate)
-    )
+    authority = _read("--tls-ca", tls.authority)
+    certificate = _read("--tls-certificate", tls.certificate)
+    key = _read("--tls-key", tls.key)
+    # gRPC itself takes any bytes and then fails every handshake.
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    try:
+        if authority is not None:
+            context.load_verify_locations(tls.authority)
+    except ssl.SSLError as error:
+        raise ConfigError(f"--tls-ca: expected PEM certificates in {tls.authority}: {error}") from None
+    try:
+        if certificate is not None:
+            context.load_cert_chain(tls.certificate, tls.key)
+    except ssl.SSLError as error:
+        raise ConfigError(f"--tls-certificate and --tls-key: expected a matching PEM pair: {error}") from None
+    return grpc.ssl_channel_credentials(authority, key, certificate)
 
 
 def _read(flag: str, path: str) -> bytes | None:
