@@ -15,6 +15,7 @@ from headrace.config import ModelConfig
 from headrace.errors import ConfigError, ServerError
 from headrace.lifecycle.manager import ModelManager, make_offer
 from headrace.lifecycle.model import Offer
+from headrace.lifecycle.policy import select_versions
 from headrace.lifecycle.version import WantedVersion
 from headrace.sources.base import Fetched, Listing, Source, is_version_name
 from headrace.telemetry.log import get_logger
@@ -53,14 +54,30 @@ class ExplicitControl:
 
     async def load(self, model: str, config: ModelConfig | None, files: Mapping[str, bytes]) -> None:
         async with self._lock(model):
-            offer = await self._offer_files(model, config, files) if files else await self._offer_source(model, config)
-            await self._models.add(model).load_whole(offer)
+            if not files:
+                await self._load_whole(model, await self._offer_source(model, config))
+                return
+            if config is None:
+                raise ServerError(f"failed to load '{model}', failed to poll from model repository")
+            known = (await self._list()).get(model)
+            if known is not None and model in known[1].models:
+                config = _keep_signatures(config, known[1].models[model].config)
+            sent = await asyncio.to_thread(_SentFiles, model, files)
+            try:
+                await self._load_whole(model, _offer_files(model, config, sent))
+            finally:
+                sent.close()
+
+    async def _load_whole(self, model: str, offer: Offer) -> None:
+        if not select_versions(offer.versions, offer.config.version_policy):
+            raise ServerError(f"failed to load '{model}', no version is available")
+        await self._models.add(model).load_whole(offer)
 
     async def unload(self, model: str, *, with_dependents: bool) -> None:
         async with self._lock(model):
             entry = self._models.models.get(model)
             if entry is not None:
-                entry.withdraw()
+                self._models.withdraw(model)
                 await entry.settle()
 
     def _lock(self, model: str) -> asyncio.Lock:
@@ -91,26 +108,14 @@ class ExplicitControl:
         offer = make_offer(source, listing.models[model])
         return offer if config is None else _with_config(offer, config)
 
-    async def _offer_files(self, model: str, config: ModelConfig | None, files: Mapping[str, bytes]) -> Offer:
-        if config is None:
-            raise ServerError(f"failed to load '{model}', failed to poll from model repository")
-        directory = await asyncio.to_thread(_write_files, model, files)
-        numbers = sorted({int(path.partition("/")[0]) for path in files if is_version_name(path.partition("/")[0])})
-        digest = hashlib.sha256(b"".join(f"{path}\0{hashlib.sha256(files[path]).hexdigest()}\n".encode() for path in sorted(files)))
-        token = digest.hexdigest()[:16] + config.serving_digest()
-        left = _Countdown(len(numbers), directory.parent)
-        return Offer(
-            "request",
-            config,
-            {
-                n: WantedVersion(model, n, token, config, functools.partial(_fetch, directory, n, left), "request", "request")
-                for n in numbers
-            },
-            {},
-        )
+
+def _keep_signatures(config: ModelConfig, own: ModelConfig) -> ModelConfig:
+    """How versions have to be signed is nothing that a request can change."""
+    return dataclasses.replace(config, signature_policy=own.signature_policy, signature_key=own.signature_key)
 
 
 def _with_config(offer: Offer, config: ModelConfig) -> Offer:
+    config = _keep_signatures(config, offer.config)
     versions = {
         number: dataclasses.replace(want, config=config, token=want.token + config.serving_digest())
         for number, want in offer.versions.items()
@@ -118,29 +123,57 @@ def _with_config(offer: Offer, config: ModelConfig) -> Offer:
     return dataclasses.replace(offer, config=config, versions=versions)
 
 
-class _Countdown:
-    """Deletes a directory once every version in it was released."""
-
-    def __init__(self, count: int, directory: Path) -> None:
-        self._count = count
-        self._directory = directory
-
-    def release(self) -> None:
-        self._count -= 1
-        if self._count <= 0:
-            shutil.rmtree(self._directory, ignore_errors=True)
+def _offer_files(model: str, config: ModelConfig, sent: _SentFiles) -> Offer:
+    token = sent.digest + config.serving_digest()
+    versions = {
+        number: WantedVersion(model, number, token, config, functools.partial(sent.fetch, number), REQUEST, REQUEST)
+        for number in sent.versions
+    }
+    return Offer(REQUEST, config, versions, {})
 
 
-async def _fetch(directory: Path, version: int, left: _Countdown) -> Fetched:
-    return Fetched(directory, directory / str(version), left.release)
+class _SentFiles:
+    """Owns a temporary directory with a model's files, deleted when no version is in it and none will come. Made in a thread."""
+
+    def __init__(self, model: str, files: Mapping[str, bytes]) -> None:
+        digest = hashlib.sha256(b"".join(f"{path}\0{hashlib.sha256(files[path]).hexdigest()}\n".encode() for path in sorted(files)))
+        self.digest = digest.hexdigest()[:16]
+        self.versions = sorted({int(path.partition("/")[0]) for path in files if is_version_name(path.partition("/")[0])})
+        self._root = _write_files(model, files)
+        self._directory = self._root / model
+        self._users = 0
+        self._is_closed = False
+
+    def __repr__(self) -> str:
+        return f"_SentFiles({self._directory}, {self._users} users, closed={self._is_closed})"
+
+    async def fetch(self, version: int) -> Fetched:
+        self._users += 1
+        return Fetched(self._directory, self._directory / str(version), self._release)
+
+    def close(self) -> None:
+        """The load is over: of its versions those that are loaded now stay, and no other is taken up."""
+        self._is_closed = True
+        self._delete_if_unused()
+
+    def _release(self) -> None:
+        self._users -= 1
+        self._delete_if_unused()
+
+    def _delete_if_unused(self) -> None:
+        if self._is_closed and not self._users:
+            shutil.rmtree(self._root, ignore_errors=True)
 
 
 def _write_files(model: str, files: Mapping[str, bytes]) -> Path:
-    """The model's directory, in a temporary one of its own. Paths were checked when the request was read."""
+    """A temporary directory with the model's in it. Paths were checked when the request was read."""
     root = Path(tempfile.mkdtemp(prefix="headrace-"))
-    directory = root / model
-    for path, content in files.items():
-        target = directory / path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content)
-    return directory
+    try:
+        for path, content in files.items():
+            target = root / model / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    except OSError:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+    return root

@@ -226,6 +226,11 @@ class ModelManager:
             raise NotFound(f"model '{name}' is not found; there are {', '.join(sorted(self.models)) or 'none'}")
         return self.models[name]
 
+    def withdraw(self, name: str) -> None:
+        """Unload a model by request. It stays known, and the server is ready without it."""
+        self._required.discard(name)
+        self.models[name].withdraw()
+
     def _set_error(self, name: str, source: str, reason: str) -> None:
         """What is served of the model stays as it is."""
         entry = self.add(name)

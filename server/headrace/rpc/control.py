@@ -149,6 +149,11 @@ class ControlService:
             raise NotReady(CONTROL_REFUSED)
         return self._control
 
+    def close(self) -> None:
+        """Give up the loads and unloads under way: the server is stopping."""
+        for task in self._changes:
+            task.cancel()
+
     async def _finish(self, change: Coroutine[Any, Any, None]) -> None:
         """Wait for a change that goes on when its caller leaves, as in Triton: half a load is worse than one nobody waits for."""
         task = asyncio.ensure_future(change)

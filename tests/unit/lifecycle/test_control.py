@@ -119,3 +119,62 @@ async def test_an_unloaded_model_stays_known_and_takes_no_requests(swap: Swappin
     await control.load("m", None, {})
     assert await swap.ask() == (1, 1.0)
     await control.unload("unknown", with_dependents=False)
+
+
+@pytest.fixture
+def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where sent files go."""
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    return tmp_path / "tmp"
+
+
+def count(directory: Path) -> int:
+    return len(list(directory.iterdir()))
+
+
+async def test_files_of_which_no_version_comes_are_deleted(swap: Swapping, control: ExplicitControl, temporary: Path) -> None:
+    with pytest.raises(LoadError, match="version 3 is at UNAVAILABLE state: cursed;"):
+        await control.load("m", ModelConfig("m"), {"3/model.fake": b"weights"})
+    with pytest.raises(ServerError, match="failed to load 'm', no version is available"):
+        await control.load("m", ModelConfig("m", version_policy="9"), {"1/model.fake": b"weights"})
+    assert count(temporary) == 0
+
+
+async def test_files_that_are_sent_twice_or_not_selected_are_kept_once(swap: Swapping, control: ExplicitControl, temporary: Path) -> None:
+    for _ in range(2):
+        await control.load("m", ModelConfig("m"), {"6/model.fake": b"old", "7/model.fake": b"new"})
+    assert await swap.ask() == (7, 7.0)
+    assert count(temporary) == 1
+    await control.unload("m", with_dependents=False)
+    await swap.until(lambda: not swap.models.find("m", ""))
+    assert count(temporary) == 0
+
+
+async def test_a_policy_that_selects_nothing_changes_nothing(swap: Swapping, control: ExplicitControl) -> None:
+    swap.offer(1)
+    await control.load("m", None, {})
+    with pytest.raises(ServerError, match="failed to load 'm', no version is available"):
+        await control.load("m", ModelConfig("m", version_policy="9"), {})
+    assert await swap.ask() == (1, 1.0)
+
+
+async def test_a_configuration_in_the_request_does_not_take_signatures_away(swap: Swapping, control: ExplicitControl) -> None:
+    swap.offer(1, signature_policy="require", signature_key="key.pub")
+    with pytest.raises(LoadError, match=r"expected manifest\.json"):
+        await control.load("m", ModelConfig("m", batching=BatchingConfig(max_batch_size=16)), {})
+    with pytest.raises(LoadError, match=r"expected manifest\.json"):
+        await control.load("m", ModelConfig("m"), {"2/model.fake": b"unsigned"})
+
+
+async def test_the_server_is_ready_without_what_was_not_asked_for_or_was_unloaded(swap: Swapping, control: ExplicitControl) -> None:
+    swap.offer(1, model="a")
+    swap.offer(1, model="b")
+    swap.offer(3, model="c")
+    await control.start(["a", "c"])
+    await swap.models.settle()
+    assert not swap.models.is_ready  # c was asked for, and failed
+    await control.unload("c", with_dependents=False)
+    assert swap.models.is_ready
+    await control.unload("a", with_dependents=False)
+    assert swap.models.is_ready

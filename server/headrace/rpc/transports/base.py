@@ -21,8 +21,9 @@ class Services:
     admin: AdminService | None = None
 
     def close(self) -> None:
-        """End every watch, after the models have announced the stop."""
+        """End every watch and every load by request, after the models have announced the stop."""
         self.health.close()
+        self.control.close()
         if self.admin is not None:
             self.admin.close()
 
