@@ -58,8 +58,10 @@ class FakeOperations:
         (found,) = self.describe(model)
         if found.rollout is None:
             raise FailedPrecondition(f"model '{model}' has no version on trial")
-        self._note("promoted", model, version or found.rollout.candidate, actor)
-        self.models[model] = dataclasses.replace(found, rollout=None)
+        promoted = version or found.rollout.candidate
+        self._note("promoted", model, promoted, actor)
+        versions = tuple(dataclasses.replace(each, is_default=each.version == promoted) for each in found.versions)
+        self.models[model] = dataclasses.replace(found, versions=versions, rollout=None)
 
     async def roll_back(self, model: str, actor: Actor) -> int:
         (found,) = self.describe(model)

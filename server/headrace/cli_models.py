@@ -217,8 +217,12 @@ def _tables(values: Iterable[Any]) -> list[dict[str, Any]]:
 
 def _promote(client: AdminClient, options: argparse.Namespace, output: Output) -> None:
     client.promote(options.model, options.version, options.reason)
-    version = f"version {options.version}" if options.version else "the version on trial"
-    output.say({"model": options.model, "promoted": options.version or None}, f"{options.model}: {version} is promoted")
+    # What was rolled back is taken up as the model's configuration says, which may be on trial once more.
+    model, _ = client.describe_model(options.model)
+    serving = next((version.version for version in model.versions if version.is_default), 0)
+    trial = model.rollout.candidate if model.rollout is not None else 0
+    text = f"{options.model}: version {serving} serves" + (f", version {trial} is on trial" if trial else "")
+    output.say({"model": options.model, "version": serving or None, "on_trial": trial or None}, text)
 
 
 def _roll_back(client: AdminClient, options: argparse.Namespace, output: Output) -> None:

@@ -174,8 +174,14 @@ def event_line(event: Event, missed: int) -> Text:
     return line
 
 
+_FILES = {"token", "location", "digest"}
+"""What an event says of the files; they fill lines, and `show` and JSON have them."""
+
+
 def _what(event: Event) -> str:
-    return "; ".join(part for part in (event.reason, _pairs(event.fields)) if part)
+    reason = "" if event.reason == event.kind else event.reason
+    fields = {key: value for key, value in event.fields.items() if key not in _FILES}
+    return "; ".join(part for part in (reason, _pairs(fields)) if part)
 
 
 def source_table(sources: Sequence[SourceDescription]) -> RenderableType:

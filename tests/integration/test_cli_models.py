@@ -64,7 +64,7 @@ async def test_changes_are_made_and_said(serve: Serve, capsys: Capture) -> None:
         (("label", "digits", "stable", "4", "--reason", "good"), "digits: 'stable' names version 4\n"),
         (("label", "digits", "stable", "none"), "digits: 'stable' is taken away\n"),
         (("rollback", "digits", "--reason", "slow"), "digits: rolled back, version 3 serves\n"),
-        (("promote", "digits", "--reason", "fast"), "digits: the version on trial is promoted\n"),
+        (("promote", "digits", "--reason", "fast"), "digits: version 4 serves\n"),
     ]
     async with serve(view=view) as served:
         for arguments, said in steps:

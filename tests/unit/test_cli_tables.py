@@ -77,7 +77,7 @@ def test_sources_show_what_is_wrong() -> None:
 
 
 def test_an_event_is_one_line_with_who_and_why() -> None:
-    event = Event(7, NOW, "promoted", "digits", 4, "deploy-bot", "it is\ngood", {"from": "3"})
+    event = Event(7, NOW, "promoted", "digits", 4, "deploy-bot", "it is\ngood", {"from": "3", "digest": "9f" * 32})
     text = render(event_line(event, missed=0), width=500)
     assert text.count("\n") == 1
     assert text.split()[2:] == ["promoted", "digits:4", "by", "deploy-bot", "it", "is", "good;", "from=3"]
