@@ -173,7 +173,7 @@ async def _check_source(uri: str) -> list[dict[str, Any]]:
 async def _check_version(source: Source, model: ModelRef, number: int, backends: BackendRegistry) -> dict[str, Any]:
     import asyncio
 
-    from headrace.lifecycle.version import inspect
+    from headrace.lifecycle.inspection import inspect
 
     try:
         fetched = await source.fetch(model, number)

@@ -65,6 +65,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "headrace.backends.worker",
         "headrace.lifecycle.recorded",
+        "headrace.lifecycle.inspection",
+        "headrace.lifecycle.wanted",
+        "headrace.lifecycle.parts",
         "headrace.lifecycle.warm_up",
         "headrace.lifecycle.version",
         "headrace.lifecycle.routes",

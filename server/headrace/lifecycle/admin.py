@@ -8,7 +8,7 @@ from headrace.config_loading import LABEL
 from headrace.errors import FailedPrecondition, InvalidRequest, NotFound
 from headrace.lifecycle.events import Actor, EventLog
 from headrace.lifecycle.manager import ModelManager
-from headrace.lifecycle.model import Model, labels_of
+from headrace.lifecycle.model import Model
 from headrace.lifecycle.version import ModelVersion
 from headrace.lifecycle.view import ModelDescription, SourceDescription, VersionDescription
 from headrace.lifecycle.watcher import Watcher
@@ -128,3 +128,11 @@ def _describe_version(entry: Model, version: ModelVersion, labels: tuple[str, ..
         digest=inspection.digest if inspection is not None else "",
         metadata=dict(inspection.manifest.metadata) if inspection is not None and inspection.manifest is not None else {},
     )
+
+
+def labels_of(model: Model) -> dict[int, tuple[str, ...]]:
+    """Labels by version."""
+    found: dict[int, tuple[str, ...]] = {}
+    for label, version in sorted(model.labels.current.items()):
+        found[version] = (*found.get(version, ()), label)
+    return found

@@ -13,10 +13,9 @@ from pathlib import Path
 
 from headrace.config import ModelConfig
 from headrace.errors import ConfigError, ServerError
-from headrace.lifecycle.manager import ModelManager, make_offer
-from headrace.lifecycle.model import Offer
+from headrace.lifecycle.manager import ModelManager
 from headrace.lifecycle.policy import select_versions
-from headrace.lifecycle.version import WantedVersion
+from headrace.lifecycle.wanted import Offer, WantedVersion, make_offer
 from headrace.sources.base import Fetched, Listing, Source, is_version_name
 from headrace.telemetry.log import get_logger
 

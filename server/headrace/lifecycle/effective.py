@@ -126,6 +126,24 @@ def resolve(
     )
 
 
+def without_batching(effective: EffectiveModel, found: str) -> EffectiveModel:
+    """The same model with literal shapes, when a run has shown that its free first dimension is no batch dimension.
+
+    Raises LoadError when batching was asked for by configuration: then the configuration is wrong, not our guess.
+    """
+    origin = effective.provenance.get("max_batch_size", "")
+    if effective.config.batching.max_batch_size:
+        raise LoadError(f"max_batch_size {effective.config.batching.max_batch_size} ({origin}) cannot be right: {found}")
+    note = f"not batched: {found}, so the free first dimension is no batch dimension"
+    return dataclasses.replace(
+        effective,
+        signature=dataclasses.replace(effective.signature, max_batch_size=0),
+        batching=dataclasses.replace(effective.batching, max_batch_size=0, allowed_batch_sizes=()),
+        provenance={**effective.provenance, "max_batch_size": "found by running a batch of 2"},
+        notes=(*effective.notes, note),
+    )
+
+
 # -- the batch axis ----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.backends.base import BackendRegistry
@@ -11,16 +10,18 @@ from headrace.batching.batcher import Schedule, Timer, at_once
 from headrace.errors import NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
-from headrace.lifecycle.model import Model, Offer, Parts
+from headrace.lifecycle.model import Model
+from headrace.lifecycle.parts import Parts
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.routes import parse_version
 from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import INDEX_STATES
 from headrace.lifecycle.tasks import Tasks
-from headrace.lifecycle.version import PAUSE, ModelVersion, WantedVersion
+from headrace.lifecycle.version import PAUSE, ModelVersion
 from headrace.lifecycle.view import IndexEntry, Submits
+from headrace.lifecycle.wanted import Offer, make_offer
 from headrace.requests import InferRequest
-from headrace.sources.base import Listing, ModelRef, Source
+from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
 
@@ -288,13 +289,3 @@ class ModelManager:
     def _return_memory(self) -> None:
         self._trim = None
         self._tasks.start(asyncio.to_thread(return_memory), "return memory")
-
-
-def make_offer(source: Source, ref: ModelRef) -> Offer:
-    versions = {
-        number: WantedVersion(
-            ref.name, number, version.token, ref.config, functools.partial(source.fetch, ref, number), version.location, source.uri
-        )
-        for number, version in ref.versions.items()
-    }
-    return Offer(source.uri, ref.config, versions, ref.labels)

@@ -8,21 +8,23 @@ waits for anything here: fetching, loading and draining are tasks that end in an
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 
-from headrace.backends.base import BackendRegistry
-from headrace.batching.batcher import Schedule, Timer
-from headrace.config import ModelConfig, RolloutConfig
+from headrace.config import RolloutConfig
 from headrace.errors import FailedPrecondition, LoadError, NotFound
-from headrace.lifecycle.events import SERVER, Actor, EventLog
+from headrace.lifecycle.events import SERVER, Actor
 from headrace.lifecycle.labels import Labels
+from headrace.lifecycle.parts import Parts
 from headrace.lifecycle.policy import (
     Action,
     Key,
+    Preference,
     Step,
     SwapPolicy,
     VersionStatus,
+    choose_serving,
+    newest_selected,
     next_step,
     retry_delay,
     select_versions,
@@ -31,10 +33,9 @@ from headrace.lifecycle.policy import (
 )
 from headrace.lifecycle.routes import Route
 from headrace.lifecycle.state import VersionState
-from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.trial import Trial
-from headrace.lifecycle.version import ModelVersion, WantedVersion
-from headrace.telemetry.access_log import AccessLog
+from headrace.lifecycle.version import ModelVersion, event_of
+from headrace.lifecycle.wanted import Offer
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -42,33 +43,6 @@ log = get_logger(__name__)
 ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
 REMEMBERED = 4
 """Unloaded versions that the index still shows."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What every model needs of the server."""
-
-    backends: BackendRegistry
-    timer: Callable[[], Timer]
-    schedule: Schedule
-    slots: asyncio.Semaphore
-    tasks: Tasks
-    events: EventLog
-    access_log: AccessLog | None
-    drain_grace: float
-    pause: float
-    notify: Callable[[], None]
-    unloaded: Callable[[ModelVersion], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Offer:
-    """What is to be had of a model now, and how it is to be served."""
-
-    source: str
-    config: ModelConfig
-    versions: Mapping[int, WantedVersion]
-    labels: Mapping[str, int]
 
 
 class Model:
@@ -90,7 +64,8 @@ class Model:
         self._leaving: set[ModelVersion] = set()
         self._failures: dict[Key, int] = {}
         self._held: set[Key] | None = None
-        self._preferred: tuple[Key, int] | None = None
+        self._preference: Preference | None = None
+        self._decided: ModelVersion | None = None
         self._is_due = False
         self._is_closed = False
         self._settled = asyncio.Event()
@@ -269,10 +244,9 @@ class Model:
         self.changed()
 
     def _version_changed(self, version: ModelVersion) -> None:
-        kind = _EVENTS.get(version.state)
-        has_served = bool(version.load_seconds)
-        if kind is not None and (has_served or version.state is not VersionState.UNLOADED):
-            self._parts.events.record(kind, self.name, version.version, reason=version.reason, fields=_fields(version))
+        event = event_of(version)
+        if event is not None:
+            self._parts.events.record(event[0], self.name, version.version, reason=version.reason, fields=event[1])
         if version.state is VersionState.FAILED:
             self._retry_later(version)
         self.changed()
@@ -310,55 +284,52 @@ class Model:
             log.info("version serves", model=self.name, version=default.version, instead_of=old or None)
 
     def _choose_default(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
-        """1. What a trial says. 2. The newest live version that the policy selects, perhaps after a trial. 3. One that is newer than
-        what serves, though overtaken. 4. What served so far. 5. The newest that is live."""
-        current = self.route.default if self.route.default in live.values() else None
-        if self.trial is not None and not {self.trial.candidate, self.trial.baseline} <= set(live.values()):
+        """1. What was just decided. 2. What a trial says. 3. What the policy says, perhaps after a trial."""
+        decided, self._decided = self._decided, None
+        if decided is not None and decided in live.values():
+            return decided
+        by_key = {version.key: version for version in live.values()}
+        if self.trial is not None and not {self.trial.candidate.key, self.trial.baseline.key} <= by_key.keys():
             self._end_trial("superseded", "one of its versions went away")
         if self.trial is not None and self.trial.is_running:
-            newer = self._target(live)
-            if newer in (None, self.trial.candidate, self.trial.baseline):
+            newest = newest_selected(by_key.keys(), self._selected(), self._preference)
+            if newest in (None, self.trial.candidate.key, self.trial.baseline.key):
                 return self.trial.default
-            self._end_trial("superseded", f"version {newer.version} came")
-        target = self._target(live)
-        if target is None:
-            overtaken = [v for v in live.values() if current is not None and v.version > current.version and self._is_offered(v)]
-            if overtaken and not self._has_trials:
-                return max(overtaken, key=lambda version: version.version)
-            return current or (live[max(live)] if live else None)
-        if current is not None and target is not current and self._is_tried(target, current):
-            self._begin_trial(target, current, self.offer.config.rollout if self.offer else RolloutConfig())
-            assert self.trial is not None
-            return self.trial.default
-        return target
-
-    def _target(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
-        """The newest of the selected; or an older one that was promoted when there was nothing newer than now."""
-        selected = self._selected()
-        chosen = [version for version in live.values() if version.key in selected]
-        newest = max(chosen, key=lambda version: version.version, default=None)
-        if newest is not None and self._preferred is not None:
-            preferred, known = self._preferred
-            return next((version for version in chosen if version.key == preferred and newest.version <= known), newest)
-        return newest
+            self._end_trial("superseded", f"version {newest.number} came")
+        choice = choose_serving(
+            by_key.keys(),
+            self._selected(),
+            self.route.default.key if self.route.default is not None else None,
+            preference=self._preference,
+            offered={version.key for version in live.values() if self._is_offered(version)},
+            blocked=self.blocked.keys(),
+            has_trials=self._rollout.mode != "direct",
+        )
+        if choice.key is None:
+            return None
+        if choice.is_tried and self.route.default is not None:
+            return self._begin_trial(by_key[choice.key], self.route.default, self._rollout).default
+        return by_key[choice.key]
 
     @property
-    def _has_trials(self) -> bool:
-        return self.offer is not None and self.offer.config.rollout.mode != "direct"
-
-    def _is_tried(self, target: ModelVersion, current: ModelVersion) -> bool:
-        """Going back is never on trial."""
-        return self._has_trials and target.version >= current.version and current.key not in self.blocked
+    def _rollout(self) -> RolloutConfig:
+        return self.offer.config.rollout if self.offer is not None else RolloutConfig()
 
     # -- trials --------------------------------------------------------------------------------------------------------
 
-    def _begin_trial(self, candidate: ModelVersion, baseline: ModelVersion, config: RolloutConfig, actor: Actor | None = None) -> None:
+    def _begin_trial(
+        self,
+        candidate: ModelVersion,
+        baseline: ModelVersion,
+        config: RolloutConfig,
+        actor: Actor = Actor(),  # noqa: B008  # frozen
+    ) -> Trial:
         self.trial = Trial(candidate, baseline, config, self._conclude)
-        actor = actor or Actor()
         fields = {"mode": config.mode, "percent": f"{config.percent:g}", "from": str(baseline.version)}
         self._parts.events.record("rollout", self.name, candidate.version, who=actor.name, reason=actor.reason, fields=fields)
         log.info("rollout began", model=self.name, version=candidate.version, **fields)
         self._parts.tasks.start(self.trial.watch(), f"watch {candidate.name}")
+        return self.trial
 
     def _conclude(self, trial: Trial, phase: str, reason: str) -> None:
         """The trial's own verdict."""
@@ -386,9 +357,9 @@ class Model:
         candidate = self.trial.candidate
         self._parts.events.record("promoted", self.name, candidate.version, who=actor.name, reason=actor.reason)
         log.info("version promoted", model=self.name, version=candidate.version, reason=actor.reason, who=actor.name)
-        self._preferred = (candidate.key, max(self.route.live))
+        self._preference = Preference(candidate.key, max(self.route.live))
+        self._decided = candidate
         self._end_trial("promoted", actor.reason)
-        self.route = replace(self.route, default=candidate)
         self.changed()
 
     def give_up(self, version: ModelVersion, actor: Actor) -> None:
@@ -400,8 +371,8 @@ class Model:
         )
         log.warning("version rolled back", model=self.name, version=version.version, reason=actor.reason, who=actor.name)
         if baseline is not None:
+            self._decided = baseline
             self._end_trial("rolled_back", actor.reason)
-            self.route = replace(self.route, default=baseline)
         self.changed()
 
     def take_up(self, number: int, actor: Actor) -> bool:
@@ -429,8 +400,7 @@ class Model:
         else:
             if trial is not None:
                 self._end_trial("superseded", f"version {number} was put on trial by {actor.name}")
-            config = self.offer.config.rollout if self.offer else RolloutConfig()
-            self._begin_trial(version, default, replace(config, mode=mode, percent=percent, promote="manual"), actor)
+            self._begin_trial(version, default, replace(self._rollout, mode=mode, percent=percent, promote="manual"), actor)
         self.changed()
 
     def set_label(self, label: str, version: int, actor: Actor) -> None:
@@ -486,26 +456,3 @@ class Model:
             task.cancel()
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
         await asyncio.gather(*(version.unload(grace, reason) for version in self.versions))
-
-
-_EVENTS = {
-    VersionState.FETCHING: "loading",
-    VersionState.LIVE: "live",
-    VersionState.FAILED: "failed",
-    VersionState.UNLOADED: "unloaded",
-}
-
-
-def _fields(version: ModelVersion) -> dict[str, str]:
-    fields = {"token": version.key.token, "location": version.want.location}
-    if version.inspection is not None and version.inspection.digest:
-        fields["digest"] = version.inspection.digest
-    return fields
-
-
-def labels_of(model: Model) -> dict[int, tuple[str, ...]]:
-    """Labels by version."""
-    found: dict[int, tuple[str, ...]] = {}
-    for label, version in sorted(model.labels.current.items()):
-        found[version] = (*found.get(version, ()), label)
-    return found

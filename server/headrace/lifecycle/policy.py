@@ -100,7 +100,6 @@ class Step(NamedTuple):
 
 
 _GONE = frozenset({VersionState.UNLOADED})
-_SETTLED = frozenset({VersionState.LIVE, VersionState.FAILED})
 _ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
 _LEAVING = frozenset({VersionState.DRAINING, VersionState.UNLOADING})
 
@@ -111,8 +110,8 @@ def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], polic
     1. What is not wanted and not live goes at once: a failure is forgotten, a load cancelled. But the oldest load that has only been
        overtaken by a newer version goes on: where versions are published faster than they load, none would ever arrive.
     2. What is wanted and not there is fetched and verified, the newest first; that takes next to no memory.
-    3. Live versions that are not wanted go when nothing is wanted; when every wanted one has arrived or failed and one is live; or,
-       but for the newest of them, when there are several.
+    3. Live versions that are not wanted go when nothing is wanted; when every wanted one is live; or, but for the newest of them, when
+       there are several.
     4. RESOURCE: they also go, all of them, once a wanted version is verified; nothing is loaded until they have gone.
     5. What is wanted, or goes on, and is verified is loaded.
     """
@@ -139,8 +138,51 @@ def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], polic
 def _may_leave(wanted: AbstractSet[Key], present: Sequence[VersionStatus], leavers: Sequence[Key], *, makes_room: bool) -> bool:
     if not wanted or makes_room or len(leavers) > 1:
         return True
-    states = [version.state for version in present if version.key in wanted]
-    return all(state in _SETTLED for state in states) and VersionState.LIVE in states
+    return all(version.state is VersionState.LIVE for version in present if version.key in wanted)
+
+
+class Preference(NamedTuple):
+    """A version that was promoted though a newer one was there: it holds until one comes that is newer than `known`."""
+
+    key: Key
+    known: int
+
+
+class Choice(NamedTuple):
+    """Who gets requests that name no version, None: nobody. `is_tried`: it has to pass a trial beside the one that gets them now."""
+
+    key: Key | None
+    is_tried: bool = False
+
+
+def newest_selected(live: AbstractSet[Key], selected: AbstractSet[Key], preference: Preference | None) -> Key | None:
+    chosen = live & selected
+    newest = max(chosen, default=None)
+    if newest is not None and preference is not None and preference.key in chosen and newest.number <= preference.known:
+        return preference.key
+    return newest
+
+
+def choose_serving(
+    live: AbstractSet[Key],
+    selected: AbstractSet[Key],
+    current: Key | None,
+    *,
+    preference: Preference | None = None,
+    offered: AbstractSet[Key] = frozenset(),
+    blocked: AbstractSet[Key] = frozenset(),
+    has_trials: bool = False,
+) -> Choice:
+    """1. The newest live version that the policy selects; on trial where versions are, but going back is never on trial. 2. One that
+    is newer than what serves, though overtaken before it was live. 3. What served so far. 4. The newest that is live."""
+    current = current if current in live else None
+    target = newest_selected(live, selected, preference)
+    if target is not None:
+        is_new = current is not None and target != current and target.number >= current.number and current not in blocked
+        return Choice(target, has_trials and is_new)
+    if current is not None and not has_trials:
+        return Choice(max([key for key in (live & offered) - blocked if key.number > current.number], default=current))
+    return Choice(current or max(live, default=None))
 
 
 def swap_policy(configured: str, needed: int, available: int) -> SwapPolicy:

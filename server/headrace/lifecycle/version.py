@@ -8,29 +8,26 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 
-from headrace.backends.base import ArtifactSignature, Backend, BackendRegistry, select_file
+from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import inline_rows, worthwhile_batch
-from headrace.config import ModelConfig
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
-from headrace.lifecycle.effective import EffectiveModel, resolve_model
-from headrace.lifecycle.memory import available_memory, resident_bytes
+from headrace.lifecycle.effective import EffectiveModel, without_batching
+from headrace.lifecycle.inspection import Inspection, inspect
+from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
-from headrace.lifecycle.recorded import Recorded, read_recorded
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
-from headrace.sources.manifest import Manifest
-from headrace.sources.verification import verify_version
 from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
@@ -42,36 +39,6 @@ log = get_logger(__name__)
 LONGEST_JOIN = 30.0
 SHORTEST_JOIN = 1.0
 """Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
-
-
-@dataclass(frozen=True, slots=True)
-class WantedVersion:
-    """A version that is to be served: what it is, and how to get it. `token` tells two contents of one number apart."""
-
-    model: str
-    version: int
-    token: str
-    config: ModelConfig
-    fetch: Callable[[], Awaitable[Fetched]]
-    location: str = ""
-    source: str = ""
-
-    @property
-    def key(self) -> Key:
-        return Key(self.version, self.token)
-
-
-@dataclass(frozen=True, slots=True)
-class Inspection:
-    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time. `digest` is the
-    manifest's sha256; both it and the manifest are there for published versions only."""
-
-    effective: EffectiveModel
-    needed: int
-    available: int
-    digest: str
-    manifest: Manifest | None
-    recorded: Recorded = ()
 
 
 PAUSE = 0.2
@@ -410,14 +377,23 @@ class ModelVersion:
             log.warning("drain cut short", model=self.model, version=self.version, seconds=grace, failed=count)
 
 
-def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, known: ArtifactSignature | None = None) -> Inspection:
-    """Nothing of the artifact is parsed before it is known to be what was published. Blocking."""
-    directory = fetched.version_directory
-    manifest, digest = verify_version(config, fetched.model_directory, directory)
-    effective = resolve_model(config, fetched.model_directory, directory, backends, known)
-    needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
-    recorded = read_recorded(effective.signature, fetched.model_directory, directory)
-    return Inspection(effective, needed, available_memory(), digest, manifest, recorded)
+_EVENTS = {
+    VersionState.FETCHING: "loading",
+    VersionState.LIVE: "live",
+    VersionState.FAILED: "failed",
+    VersionState.UNLOADED: "unloaded",
+}
+
+
+def event_of(version: ModelVersion) -> tuple[str, dict[str, str]] | None:
+    """What the event log says of a version that has just changed its state: kind and fields. An end counts only where it was live."""
+    kind = _EVENTS.get(version.state)
+    if kind is None or (version.state is VersionState.UNLOADED and not version.load_seconds):
+        return None
+    fields = {"token": version.key.token, "location": version.want.location}
+    if version.inspection is not None and version.inspection.digest:
+        fields["digest"] = version.inspection.digest
+    return kind, fields
 
 
 def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
@@ -440,21 +416,3 @@ async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:
     for worker in remaining:
         log.error("worker did not end", worker=worker.name)
     return remaining
-
-
-def without_batching(effective: EffectiveModel, found: str) -> EffectiveModel:
-    """The same model with literal shapes, when a run has shown that its free first dimension is no batch dimension.
-
-    Raises LoadError when batching was asked for by configuration: then the configuration is wrong, not our guess.
-    """
-    origin = effective.provenance.get("max_batch_size", "")
-    if effective.config.batching.max_batch_size:
-        raise LoadError(f"max_batch_size {effective.config.batching.max_batch_size} ({origin}) cannot be right: {found}")
-    note = f"not batched: {found}, so the free first dimension is no batch dimension"
-    return dataclasses.replace(
-        effective,
-        signature=dataclasses.replace(effective.signature, max_batch_size=0),
-        batching=dataclasses.replace(effective.batching, max_batch_size=0, allowed_batch_sizes=()),
-        provenance={**effective.provenance, "max_batch_size": "found by running a batch of 2"},
-        notes=(*effective.notes, note),
-    )

@@ -63,7 +63,8 @@ class Fetched:
 
 
 def is_version_name(name: str) -> bool:
-    return name.isascii() and name.isdigit() and (name == "0" or not name.startswith("0"))
+    """A whole number without leading zeros that fits the protocol's int64."""
+    return name.isascii() and name.isdigit() and (name == "0" or not name.startswith("0")) and len(name) <= 19 and int(name) < 2**63
 
 
 class Source(ABC):

@@ -6,10 +6,13 @@ import pytest
 from headrace.errors import ConfigError
 from headrace.lifecycle.policy import (
     Action,
+    Choice,
     Key,
+    Preference,
     Step,
     SwapPolicy,
     VersionStatus,
+    choose_serving,
     next_step,
     retry_delay,
     select_versions,
@@ -103,6 +106,7 @@ def test_what_is_no_longer_offered_is_not_wanted_though_it_serves() -> None:
         ("the old one stays while the new one loads", keys(2), [has(1, S.LIVE), has(2, S.WARMING)], AV, None),
         ("and goes when it is live", keys(2), [has(1, S.LIVE), has(2, S.LIVE)], AV, (UNLOAD, k(1))),
         ("it stays when the new one failed", keys(2), [has(1, S.LIVE), has(2, S.FAILED)], AV, None),
+        ("also beside an older wanted one", keys(2, 3), [has(1, S.LIVE), has(2, S.LIVE), has(3, S.FAILED)], AV, None),
         ("and when only an older wanted one is live", keys(1, 3), [has(1, S.LIVE), has(2, S.LIVE), has(3, S.LOADING)], AV, None),
         ("of several old ones the newest stays", keys(4), [has(1, S.LIVE), has(2, S.LIVE), has(4, S.LOADING)], AV, (UNLOAD, k(1))),
         ("nothing wanted: all go", set(), [has(1, S.LIVE)], AV, (UNLOAD, k(1))),
@@ -143,7 +147,7 @@ def test_steps_arrive_at_the_wanted_versions_from_anywhere_and_availability_neve
         for _ in range(100):
             _advance(states, wanted, policy, dice, may_fail=False)
         assert {key for key, v in states.items() if v.state is S.LIVE} >= {key for key in wanted if states[key].state is not S.FAILED}, seed
-        if any(states[key].state is S.LIVE for key in wanted):
+        if all(states[key].state is S.LIVE for key in wanted):
             assert {key for key, v in states.items() if v.state is S.LIVE} <= wanted, seed
 
 
@@ -163,6 +167,32 @@ def _advance(states: dict[Key, VersionStatus], wanted: set[Key], policy: SwapPol
         failed = may_fail and dice.random() < 0.2
         after = {S.FETCHING: S.VERIFYING, S.LOADING: S.FAILED if failed else S.LIVE, S.DRAINING: S.UNLOADED}[version.state]
         states[version.key] = VersionStatus(version.key, after, is_prepared=after is S.VERIFYING)
+
+
+@pytest.mark.parametrize(
+    ("case", "live", "selected", "current", "options", "expected"),
+    [
+        ("the newest of the selected", keys(1, 2, 3), keys(1, 2), k(1), {}, Choice(k(2))),
+        ("nobody, when nothing is live", set(), keys(1), None, {}, Choice(None)),
+        ("the first one is not on trial", keys(1), keys(1), None, {"has_trials": True}, Choice(k(1))),
+        ("a newer one is", keys(1, 2), keys(2), k(1), {"has_trials": True}, Choice(k(2), is_tried=True)),
+        ("replaced content is", {k(1), k(1, "b")}, {k(1, "b")}, k(1), {"has_trials": True}, Choice(k(1, "b"), is_tried=True)),
+        ("going back is not", keys(1, 2), keys(1), k(2), {"has_trials": True}, Choice(k(1))),
+        ("nor what follows a rollback", keys(2, 3), keys(3), k(2), {"has_trials": True, "blocked": keys(2)}, Choice(k(3))),
+        ("what serves stays while the selected one loads", keys(1), keys(2), k(1), {}, Choice(k(1))),
+        ("an overtaken one serves meanwhile", keys(1, 2), keys(3), k(1), {"offered": keys(1, 2, 3)}, Choice(k(2))),
+        ("but not without its trial", keys(1, 2), keys(3), k(1), {"offered": keys(1, 2, 3), "has_trials": True}, Choice(k(1))),
+        ("nor one that was taken back", keys(1, 2), keys(3), k(1), {"offered": keys(1, 3)}, Choice(k(1))),
+        ("nor one that was rolled back", keys(1, 2), set(), k(1), {"offered": keys(1, 2), "blocked": keys(2)}, Choice(k(1))),
+        ("when what served has gone the newest does", keys(1, 2), set(), k(3), {}, Choice(k(2))),
+        ("an older one that was promoted", keys(1, 2), keys(1, 2), k(2), {"preference": Preference(k(1), 2)}, Choice(k(1))),
+        ("until a newer one comes", keys(1, 2, 3), keys(1, 2, 3), k(1), {"preference": Preference(k(1), 2)}, Choice(k(3))),
+    ],
+)  # fmt: skip
+def test_who_serves(
+    case: str, live: set[Key], selected: set[Key], current: Key | None, options: dict[str, object], expected: Choice
+) -> None:
+    assert choose_serving(live, selected, current, **options) == expected, case  # type: ignore[arg-type]
 
 
 def test_memory_decides_where_nobody_else_has() -> None:

@@ -164,6 +164,7 @@ async def test_a_promotion_by_hand_is_waited_for_where_that_is_configured(make: 
     assert rollout_now.phase == "passed"
     await admin.promote("m", 0, ANNA)
     assert await share(swap, 5) == {2: 5}
+    assert swap.events("promoted", "flip")[-2:] == [("promoted", 2), ("flip", 2)]
     event = next(event for event in swap.models.event_log.since(0) if event.kind == "promoted")
     assert (event.who, event.reason) == ("anna", "looks good")
 

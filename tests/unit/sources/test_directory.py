@@ -74,7 +74,10 @@ def test_hidden_names_are_neither_models_nor_versions(name: str, tmp_path: Path)
     assert {m.name: sorted(m.versions) for m in listing(tmp_path).models.values()} == {"m": [1]}
 
 
-@pytest.mark.parametrize(("name", "is_version"), [("1", True), ("20", True), ("01", False), ("v1", False), ("1.0", False), ("²", False)])
+@pytest.mark.parametrize(
+    ("name", "is_version"),
+    [("1", True), ("20", True), ("01", False), ("v1", False), ("1.0", False), ("²", False), (str(2**63 - 1), True), (str(2**63), False)],
+)
 def test_version_names_are_whole_numbers_without_leading_zeros(name: str, is_version: bool) -> None:
     assert is_version_name(name) is is_version
 

@@ -1,0 +1,37 @@
+"""A look at a version's files before any memory is taken for it. Blocking."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
+from headrace.config import ModelConfig
+from headrace.lifecycle.effective import EffectiveModel, resolve_model
+from headrace.lifecycle.memory import available_memory
+from headrace.lifecycle.recorded import Recorded, read_recorded
+from headrace.sources.base import Fetched
+from headrace.sources.manifest import Manifest
+from headrace.sources.verification import verify_version
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time. `digest` is the
+    manifest's sha256; both it and the manifest are there for published versions only."""
+
+    effective: EffectiveModel
+    needed: int
+    available: int
+    digest: str
+    manifest: Manifest | None
+    recorded: Recorded = ()
+
+
+def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, known: ArtifactSignature | None = None) -> Inspection:
+    """Nothing of the artifact is parsed before it is known to be what was published. Blocking."""
+    directory = fetched.version_directory
+    manifest, digest = verify_version(config, fetched.model_directory, directory)
+    effective = resolve_model(config, fetched.model_directory, directory, backends, known)
+    needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    recorded = read_recorded(effective.signature, fetched.model_directory, directory)
+    return Inspection(effective, needed, available_memory(), digest, manifest, recorded)

@@ -1,0 +1,32 @@
+"""What every model needs of the server that it is in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from headrace.backends.base import BackendRegistry
+from headrace.batching.batcher import Schedule, Timer
+from headrace.lifecycle.events import EventLog
+from headrace.lifecycle.tasks import Tasks
+from headrace.lifecycle.version import ModelVersion
+from headrace.telemetry.access_log import AccessLog
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """`slots`: versions that are fetched and loaded at a time. `drain_grace`, `pause`: seconds, see ModelVersion. `notify` after any
+    change, `unloaded` with each version that is gone."""
+
+    backends: BackendRegistry
+    timer: Callable[[], Timer]
+    schedule: Schedule
+    slots: asyncio.Semaphore
+    tasks: Tasks
+    events: EventLog
+    access_log: AccessLog | None
+    drain_grace: float
+    pause: float
+    notify: Callable[[], None]
+    unloaded: Callable[[ModelVersion], None]
