@@ -188,6 +188,7 @@ async def test_an_emptied_repository_unloads_nothing(tmp_path: Path) -> None:
 
         await until(is_told)
         assert (await ask(client))[0] == "1"
+        assert "suddenly empty" in server.admin.describe("m")[0].error
         models.rename(tmp_path / "gone")
         await asyncio.sleep(0.5)
         assert (await ask(client))[0] == "1"

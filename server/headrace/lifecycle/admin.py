@@ -30,7 +30,7 @@ class Admin:
 
     def describe(self, model: str) -> Sequence[ModelDescription]:
         models = [self._models.model(model)] if model else [entry for _, entry in sorted(self._models.models.items())]
-        return [describe_model(entry) for entry in models]
+        return [describe_model(entry, self._models.source_error(entry)) for entry in models]
 
     async def promote(self, model: str, version: int, actor: Actor) -> None:
         entry = self._models.model(model)
@@ -86,7 +86,7 @@ def _others(entry: Model, version: ModelVersion) -> list[tuple[int, str]]:
     return [want.key for want in offered if want.key != version.key and want.key not in entry.blocked]
 
 
-def describe_model(entry: Model) -> ModelDescription:
+def describe_model(entry: Model, source_error: str = "") -> ModelDescription:
     labels = labels_of(entry)
     there = sorted(entry.versions, key=lambda version: version.key)
     versions = [_describe_version(entry, version, labels.get(version.version, ())) for version in there]
@@ -104,7 +104,7 @@ def describe_model(entry: Model) -> ModelDescription:
         versions=tuple(sorted(versions, key=lambda version: version.version)),
         labels=dict(entry.labels.current),
         rollout=entry.trial.describe() if entry.trial is not None else None,
-        error=entry.error,
+        error=entry.error or source_error,
     )
 
 

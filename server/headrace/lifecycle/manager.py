@@ -158,11 +158,16 @@ class ModelManager:
             for number, reason in entry.unloaded.items():
                 if number not in there:
                     rows.append(IndexEntry(name, str(number), "UNAVAILABLE", reason))
-            stale = self.source_errors.get(self._owner(name), "")
+            stale = self.source_error(entry)
             for version in sorted(entry.versions, key=lambda v: v.version):
-                reason = version.reason or (f"its source cannot be read now: {stale}" if stale else "")
+                reason = version.reason or stale
                 rows.append(IndexEntry(name, str(version.version), INDEX_STATES[version.state], reason))
         return rows
+
+    def source_error(self, model: Model) -> str:
+        """Why what is known of the model may be out of date, or empty."""
+        error = self.source_errors.get(self._owner(model.name), "")
+        return f"its source cannot be read now: {error}" if error else ""
 
     def subscribe(self, callback: Callable[[], None]) -> Callable[[], None]:
         self._subscribers.append(callback)
