@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import logging
 import os
 import sys
 import threading
-import urllib.request
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,46 +19,18 @@ import tritonclient.grpc as triton
 import tritonclient.grpc.aio as aio
 from aiohttp import ClientSession, web
 from headrace import cli
-from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.config import SourceConfig
 from headrace.errors import AlreadyExists, ConfigError, LoadError
-from headrace.plugins import open_destination, open_source
+from headrace.plugins import open_source
 from headrace.sources import object_store_destination as destination_module
 from headrace.sources.object_store import ObjectStoreSource
 from headrace.sources.object_store_destination import ObjectStoreDestination
 from headrace.sources.object_store_index import INDEX_NAME
-from headrace.sources.publish import Order, publish
 from headrace.sources.verification import verify_version
 from headrace.testing import serve_in_process
-from moto.server import ThreadedMotoServer
-from obstore.store import from_url
+from integration.object_stores import objects, publish_to, put, store_of
 
-BACKENDS = {"onnxruntime": OnnxRuntimeBackend}
 UNREACHABLE = "http://127.0.0.1:1"
-
-
-@pytest.fixture(scope="module")
-def s3() -> Iterator[str]:
-    """The server's address."""
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
-
-
-@pytest.fixture
-def bucket(s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """An empty one, of this test's own, with what it takes to use it in the environment."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    settings = {"ACCESS_KEY_ID": "somebody", "SECRET_ACCESS_KEY": "s3cret-of-somebody", "REGION": "us-east-1", "ENDPOINT_URL": s3}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    name = "b" + hashlib.sha256(str(tmp_path).encode()).hexdigest()[:20]
-    urllib.request.urlopen(urllib.request.Request(f"{s3}/{name}", method="PUT")).close()
-    return f"s3://{name}/team/models"
 
 
 @pytest.fixture
@@ -73,18 +42,6 @@ def content_of(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def store_of(uri: str) -> Any:
-    return from_url(uri, client_options={"allow_http": True})
-
-
-def put(uri: str, path: str, content: bytes) -> None:
-    obstore.put(store_of(uri), path, content)
-
-
-def objects(uri: str) -> set[str]:
-    return {meta["path"] for chunk in obstore.list(store_of(uri)) for meta in chunk}
-
-
 def index_of(uri: str) -> dict[str, Any]:
     return json.loads(bytes(obstore.get(store_of(uri), INDEX_NAME).bytes()))["models"]  # type: ignore[no-any-return]
 
@@ -93,10 +50,6 @@ def open_s3(uri: str, tmp_path: Path) -> ObjectStoreSource:
     source = open_source(uri, SourceConfig(str(tmp_path / "cache")))
     assert isinstance(source, ObjectStoreSource)
     return source
-
-
-def publish_to(uri: str, artifact: Path, name: str = "digits", **options: Any) -> int:
-    return publish(Order(artifact, name, **options), open_destination(uri, SourceConfig()), BACKENDS).manifest.version
 
 
 async def fetch_and_verify(source: ObjectStoreSource, model: str, version: int) -> Path:
@@ -135,56 +88,6 @@ async def test_what_lies_beside_the_versions_comes_along_and_is_in_the_token(buc
     assert before.versions[1].token != after.versions[1].token
     assert list(after.versions) == [1, 2]
     await source.close()
-
-
-async def ask(client: Any) -> tuple[str, Any]:
-    tensor = triton.InferInput("x", [1, 64], "FP32")
-    tensor.set_data_from_numpy(np.ones((1, 64), np.float32))
-    result = await client.infer("digits", [tensor])
-    return result.get_response().model_version, result.as_numpy("y")
-
-
-async def until(condition: Callable[[], Awaitable[bool]]) -> None:
-    async with asyncio.timeout(15):
-        while not await condition():
-            await asyncio.sleep(0.05)
-
-
-async def reason_of(client: Any, version: str) -> str:
-    found = await client.get_model_repository_index()
-    return "".join(entry.reason for entry in found.models if entry.version == version)
-
-
-async def test_a_running_server_takes_up_what_is_published_and_serves_on_while_the_bucket_is_away(
-    bucket: str, artifact: Path, tmp_path: Path, s3: str
-) -> None:
-    publish_to(bucket, artifact)
-    quick = {"poll_interval": 0.2, "cache_directory": str(tmp_path / "cache")}
-    async with serve_in_process(bucket, **quick) as server, aio.InferenceServerClient(server.grpc_addresses[0]) as client:
-        assert (await ask(client))[0] == "1"
-        publish = ["publish", str(artifact), "--to", bucket, "--name", "digits"]
-        assert await asyncio.to_thread(cli.main, publish) == 0
-
-        async def is_taken_up() -> bool:
-            return (await ask(client))[0] == "2"
-
-        await until(is_taken_up)
-        index = obstore.get(store_of(bucket), INDEX_NAME).bytes()
-        put(bucket, INDEX_NAME, b"{")
-
-        async def is_told() -> bool:
-            return "its source cannot be read now" in await reason_of(client, "2")
-
-        await until(is_told)
-        assert (await ask(client))[0] == "2"
-        put(bucket, INDEX_NAME, bytes(index))
-
-        async def is_well() -> bool:
-            return not await reason_of(client, "2")
-
-        await until(is_well)
-        put(bucket, "digits/3/model.onnx", b"junk")
-        assert (await ask(client))[0] == "2"
 
 
 async def test_a_server_serves_what_was_published(bucket: str, artifact: Path, tmp_path: Path) -> None:
