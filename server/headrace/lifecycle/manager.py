@@ -198,7 +198,9 @@ class ModelManager:
 
     def _take_away(self, name: str, source: Source) -> None:
         """What the source had of this model, if anything, is no longer wanted."""
-        entry = self.models[name]
+        entry = self.models.get(name)
+        if entry is None:
+            return
         if self._owner(name) == source.uri:
             assert entry.offer is not None
             self._required.discard(name)

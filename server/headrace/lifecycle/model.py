@@ -61,6 +61,7 @@ class Model:
         self.blocked: dict[Key, str] = {}
         self._parts = parts
         self._loads: dict[ModelVersion, asyncio.Task[None]] = {}
+        self._unloads: set[asyncio.Task[None]] = set()
         self._leaving: set[ModelVersion] = set()
         self._failures: dict[Key, int] = {}
         self._held: set[Key] | None = None
@@ -80,6 +81,8 @@ class Model:
         """Work towards what is offered now; with no versions in it all are unloaded. `error` of an earlier offer is forgotten."""
         self.offer = offer
         self.error = ""
+        if self.trial is not None and not offer.versions:
+            self._end_trial("superseded", "its source has the model no longer")
         self.labels.configure({**offer.config.labels, **offer.labels})
         offered = {version.key for version in offer.versions.values()}
         self._failures = {key: count for key, count in self._failures.items() if key in offered}
@@ -92,6 +95,8 @@ class Model:
         """Nothing is offered any more; the model stays known."""
         self.offer = None
         self.error = ""
+        if self.trial is not None:
+            self._end_trial("superseded", "the model was unloaded by request")
         self.changed()
 
     def remember(self, blocked: Mapping[Key, str], labels: Mapping[str, int]) -> None:
@@ -122,7 +127,8 @@ class Model:
         if self._held is not None:
             wanted |= self._held
         # What a trial or a serving version holds on to may be gone from the source: then there is nothing to start again.
-        return wanted & ({version.key for version in self.versions} | {want.key for want in self.offer.versions.values()})
+        present = {version.key for version in self.versions if version.state is not VersionState.UNLOADED}
+        return wanted & (present | {want.key for want in self.offer.versions.values()})
 
     def traffic(self, version: ModelVersion) -> float:
         """Percent of the requests that name no version which this one answers."""
@@ -158,11 +164,19 @@ class Model:
         self._is_due = False
         if self._is_closed:
             return
+        try:
+            self._take_steps()
+        except Exception:
+            # Nobody above would see it, and whoever waits for this model would wait for ever.
+            log.exception("model's next steps failed", model=self.name)
+            self._settled.set()
+        self._parts.notify()
+
+    def _take_steps(self) -> None:
         while (step := next_step(self.wanted(), self._statuses(), self._swap_policy())) is not None:
             self._take(step)
         if not any(version.state in ARRIVING for version in self.versions):
             self._settled.set()
-        self._parts.notify()
 
     def _statuses(self) -> list[VersionStatus]:
         return [
@@ -197,7 +211,9 @@ class Model:
             self._forget(version)
         elif version.is_live:
             self._leaving.add(version)
-            self._parts.tasks.start(self._unload(version, "unloaded"), f"unload {version.name}")
+            task = self._parts.tasks.start(self._unload(version, "unloaded"), f"unload {version.name}")
+            self._unloads.add(task)
+            task.add_done_callback(self._unloads.discard)
             self._update_route()
         else:
             self._leaving.add(version)
@@ -456,3 +472,5 @@ class Model:
             task.cancel()
         await asyncio.gather(*self._loads.values(), return_exceptions=True)
         await asyncio.gather(*(version.unload(grace, reason) for version in self.versions))
+        if self._unloads:
+            await asyncio.wait(self._unloads, timeout=grace)

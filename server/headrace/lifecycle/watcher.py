@@ -93,6 +93,10 @@ class Watcher:
             listing = await self.source.list()
         except (OSError, ConfigError) as error:
             self._fail(_reason(error))
+        except Exception:
+            # A source may be somebody else's; its bug must not end the watching.
+            log.exception("source failed", source=self.source.uri)
+            self._fail("internal error while it was read; the server's log has the reason")
         else:
             self._accept(listing)
 

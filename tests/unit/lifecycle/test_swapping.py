@@ -110,6 +110,32 @@ async def test_requests_that_the_old_version_has_taken_are_answered_by_it(make: 
     assert [version.version for version in swap.models.find("m", "")] == [2]
 
 
+async def test_a_server_that_stops_while_a_version_drains_waits_for_it_and_closes_it(tmp_path: Path) -> None:
+    entered, may_go = threading.Event(), threading.Event()
+
+    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
+        if inputs["x"].any() and self.path.parent.name == "1":
+            entered.set()
+            assert may_go.wait(5)
+        return [inputs["x"]]
+
+    backend = scaling(execute=execute)
+    swap = Swapping(tmp_path, backend)
+    await swap.publish(1, warmup_runs=0)
+    outlet, reply = swap.submit()
+    await asyncio.to_thread(entered.wait, 5)
+    swap.offer(1, 2, warmup_runs=0)
+    await swap.take()
+    await swap.until(lambda: any(v.state is VersionState.DRAINING for v in swap.models.find("m", "")))
+    stopping = asyncio.create_task(swap.models.stop(5))
+    await asyncio.sleep(0)
+    may_go.set()
+    await stopping
+    assert isinstance(await asyncio.to_thread(outlet.wait, reply), bytes)
+    assert backend.live == []
+    assert not swap.models.is_busy
+
+
 async def test_what_waits_at_a_flip_is_answered_by_the_new_version_unless_it_asked_for_the_old_one(make: Any) -> None:
     """The old version would finish it beside newer requests on the same cores."""
     entered, may_go = threading.Event(), threading.Event()

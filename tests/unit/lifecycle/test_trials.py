@@ -192,6 +192,27 @@ async def test_the_baseline_may_be_gone_from_the_source_and_serves_on_until_the_
     assert set(await share(swap, 10)) == {1, 2}
 
 
+async def test_a_model_that_is_taken_away_while_a_version_is_on_trial_goes(make: Any) -> None:
+    swap = make()
+    await begin(swap, "canary", percent=50.0)
+    await swap.publish(1, model="other")
+    del swap.source.models["m"]
+    await swap.take()
+    await swap.until(lambda: "m" not in swap.models.models)
+
+
+async def test_what_was_promoted_gives_way_to_a_newer_version_and_comes_back_when_that_is_rolled_back(make: Any) -> None:
+    swap = make()
+    admin = await begin(swap, "canary", percent=50.0)
+    await admin.promote("m", 0, ANNA)
+    await swap.publish(1, 2, 3, **rollout("canary", percent=50.0))
+    assert set(await share(swap, 10)) == {2, 3}
+    assert await admin.roll_back("m", ANNA) == 2
+    assert await share(swap, 5) == {2: 5}
+    assert await admin.roll_back("m", ANNA) == 1
+    assert await share(swap, 5) == {1: 5}
+
+
 # -- operators ---------------------------------------------------------------------------------------------------------
 
 

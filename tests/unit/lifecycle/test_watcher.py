@@ -78,8 +78,15 @@ async def test_without_hints_the_source_is_asked_again_after_the_interval() -> N
         await taken.until(lambda: len(taken.listings) == 2)
 
 
-@pytest.mark.parametrize("error", [OSError("connection refused"), ConfigError("expected a directory, found nothing")])
-async def test_a_listing_that_fails_changes_nothing_and_is_told_once(error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError("connection refused"), "connection refused"),
+        (ConfigError("expected a directory, found nothing"), "expected a directory, found nothing"),
+        (ZeroDivisionError("a bug"), "internal error while it was read; the server's log has the reason"),
+    ],
+)
+async def test_a_listing_that_fails_changes_nothing_and_is_told_once(error: Exception, reason: str) -> None:
     source, taken = FakeSource({"m": model(v1=WHOLE)}), Taken()
     watcher = watch(source, taken)
     await watcher.start()
@@ -87,11 +94,11 @@ async def test_a_listing_that_fails_changes_nothing_and_is_told_once(error: Exce
     await watcher.poll()
     await watcher.poll()
     assert len(taken.listings) == 1
-    assert taken.errors == [str(error)]
-    assert watcher.describe().error == str(error)
+    assert taken.errors == [reason]
+    assert watcher.describe().error == reason
     source.error = None
     await watcher.poll()
-    assert taken.errors == [str(error), ""]
+    assert taken.errors == [reason, ""]
     assert len(taken.listings) == 1
 
 
