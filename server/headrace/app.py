@@ -151,8 +151,8 @@ class Server:
         deadline = time.monotonic() + self.config.shutdown_grace
         self.models.announce_stop()
         self.services.close()
-        # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
         await self._tasks.close()
+        # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
         if self.http is not None:

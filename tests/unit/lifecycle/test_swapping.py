@@ -36,6 +36,19 @@ def failing_for(*versions: int, by: str = "load") -> type[FakeBackend]:
     return scaling(**{by: load if by == "load" else inspect})
 
 
+def held_runs() -> tuple[type[FakeBackend], threading.Event, threading.Event]:
+    """(backend, set when version 1 runs a request, to be set when it may go on)."""
+    entered, may_go = threading.Event(), threading.Event()
+
+    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
+        if inputs["x"].any() and self.path.parent.name == "1":
+            entered.set()
+            assert may_go.wait(5)
+        return [inputs["x"] * int(self.path.parent.name)]
+
+    return scaling(execute=execute), entered, may_go
+
+
 @pytest.fixture
 async def swap(tmp_path: Path) -> AsyncIterator[Swapping]:
     swapping = Swapping(tmp_path, scaling())
@@ -86,15 +99,8 @@ async def test_no_request_fails_and_each_answer_is_its_versions_while_versions_f
 
 
 async def test_requests_that_the_old_version_has_taken_are_answered_by_it(make: Any) -> None:
-    entered, may_go = threading.Event(), threading.Event()
-
-    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
-        if inputs["x"].any() and self.path.parent.name == "1":
-            entered.set()
-            assert may_go.wait(5)
-        return [inputs["x"] * int(self.path.parent.name)]
-
-    swap = make(scaling(execute=execute))
+    backend, entered, may_go = held_runs()
+    swap = make(backend)
     await swap.publish(1, warmup_runs=0)
     outlet, reply = swap.submit()
     await asyncio.to_thread(entered.wait, 5)
@@ -111,15 +117,7 @@ async def test_requests_that_the_old_version_has_taken_are_answered_by_it(make: 
 
 
 async def test_a_server_that_stops_while_a_version_drains_waits_for_it_and_closes_it(tmp_path: Path) -> None:
-    entered, may_go = threading.Event(), threading.Event()
-
-    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
-        if inputs["x"].any() and self.path.parent.name == "1":
-            entered.set()
-            assert may_go.wait(5)
-        return [inputs["x"]]
-
-    backend = scaling(execute=execute)
+    backend, entered, may_go = held_runs()
     swap = Swapping(tmp_path, backend)
     await swap.publish(1, warmup_runs=0)
     outlet, reply = swap.submit()
@@ -138,15 +136,8 @@ async def test_a_server_that_stops_while_a_version_drains_waits_for_it_and_close
 
 async def test_what_waits_at_a_flip_is_answered_by_the_new_version_unless_it_asked_for_the_old_one(make: Any) -> None:
     """The old version would finish it beside newer requests on the same cores."""
-    entered, may_go = threading.Event(), threading.Event()
-
-    def execute(self: Any, inputs: Any, outputs: Any) -> Any:
-        if inputs["x"].any() and self.path.parent.name == "1":
-            entered.set()
-            assert may_go.wait(5)
-        return [inputs["x"] * int(self.path.parent.name)]
-
-    swap = make(scaling(execute=execute))
+    backend, entered, may_go = held_runs()
+    swap = make(backend)
     await swap.publish(1, warmup_runs=0, batching=BatchingConfig(max_batch_size=1))
     running = swap.submit(1.0)
     await asyncio.to_thread(entered.wait, 5)
