@@ -126,9 +126,11 @@ def _run_recorded(backend: Backend, name: str, inputs: Mapping[str, Array]) -> N
     raise LoadError(f"the recorded request {name} fails: {reason}")
 
 
-SLOWER = 1.5
+SLOWER = 3.0
 SLOWER_BY = 50e-6
-"""Times the l(b) of the version before, and seconds; beyond both the new one is measured anew."""
+"""Times the l(b) of the version before, and seconds; beyond both the new one is measured anew. Not less: l(b) is the best of many runs,
+and one run beside other threads, which push its weights out of the cache, took 1.5 times the CPU time of that in 1 of 60 swaps; the
+half second that measuring takes was then the p99 of everybody (1.51 times the steady one instead of 1.16)."""
 
 
 def _time_one(backend: Backend, inputs: Mapping[str, Array]) -> float:
