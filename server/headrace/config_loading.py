@@ -152,7 +152,7 @@ def _read_toml(path: Path) -> dict[str, Any]:
 def _parse_toml(raw: bytes, place: str) -> dict[str, Any]:
     try:
         return tomllib.loads(raw.decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # what is wrong in the text or its encoding, or nested without end
         raise ConfigError(f"{place}: not valid TOML: {error}") from None
 
 

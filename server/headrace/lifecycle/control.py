@@ -59,7 +59,9 @@ class ExplicitControl:
             if config is None:
                 raise ServerError(f"failed to load '{model}', failed to poll from model repository")
             known = (await self._list()).get(model)
-            if known is not None and model in known[1].models:
+            if known is not None and model not in known[1].models:
+                raise ServerError(f"failed to load '{model}', failed to poll from model repository: {known[1].errors[model]}")
+            if known is not None:
                 config = _keep_signatures(config, known[1].models[model].config)
             sent = await asyncio.to_thread(_SentFiles, model, files)
             try:

@@ -8,6 +8,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from headrace.telemetry.log import get_logger
+
+log = get_logger(__name__)
+
 SERVER = "server"
 """Who did it, when nobody asked for it."""
 
@@ -65,7 +69,10 @@ class EventLog:
         self._events.append(event)
         self.counts[model, kind] += 1
         for callback in list(self._subscribers):
-            callback(event)
+            try:
+                callback(event)
+            except Exception:  # whoever is told must not stop what happened from happening
+                log.exception("event not delivered", kind=kind, model=model)
         return event
 
     def since(self, number: int, model: str = "") -> list[Event]:

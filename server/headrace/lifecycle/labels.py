@@ -37,6 +37,11 @@ class Labels:
         self._wanted.update(labels)
 
     @property
+    def moved(self) -> dict[str, int]:
+        """Where operators moved labels, other than configuration says."""
+        return {label: version for label, version in self._wanted.items() if self._configured.get(label) != version}
+
+    @property
     def versions(self) -> set[int]:
         """Those that must be kept, or be loaded, for the labels' sake."""
         return {*self.current.values(), *self._wanted.values()}

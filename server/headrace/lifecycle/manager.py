@@ -54,6 +54,7 @@ class ModelManager:
         self.conflicts: list[str] = []
         self._remembered: dict[str, tuple[Mapping[Key, str], Mapping[str, int]]] = {}
         self._required: set[str] = set()
+        self._listings: dict[str, tuple[Source, Listing]] = {}
         self._left_behind: list[ModelVersion] = []
         self._tasks = Tasks()
         self._subscribers: list[Callable[[], None]] = []
@@ -182,6 +183,7 @@ class ModelManager:
 
     def take(self, source: Source, listing: Listing) -> None:
         """Work towards what a source offers now. Models of its earlier listings that are not in this one are unloaded."""
+        self._listings[source.uri] = (source, listing)
         self.conflicts = [conflict for conflict in self.conflicts if source.uri not in conflict]
         for name, reason in listing.errors.items():
             self._set_error(name, source.uri, reason)
@@ -203,6 +205,10 @@ class ModelManager:
             return
         if self._owner(name) == source.uri:
             assert entry.offer is not None
+            for other, listing in self._listings.values():
+                if other is not source and name in listing.models:
+                    entry.set_offer(make_offer(other, listing.models[name]))
+                    return
             self._required.discard(name)
             entry.set_offer(Offer(source.uri, entry.offer.config, {}, {}))
         elif entry.error_source == source.uri:
@@ -242,6 +248,7 @@ class ModelManager:
     def _set_error(self, name: str, source: str, reason: str) -> None:
         """What is served of the model stays as it is."""
         entry = self.add(name)
+        reason = reason.encode(errors="backslashreplace").decode()
         if entry.error != reason:
             entry.error, entry.error_source = reason, source
             self.event_log.record("source_error", name, reason=reason, fields={"source": source})
@@ -284,7 +291,9 @@ class ModelManager:
 
     def _notify(self) -> None:
         for name in [name for name, entry in self.models.items() if entry.is_gone]:
-            del self.models[name]
+            gone = self.models.pop(name)
+            # It may come back, and is not to be taken for another one then.
+            self._remembered[name] = (dict(gone.blocked), gone.labels.moved)
         for callback in list(self._subscribers):
             callback()
 

@@ -126,6 +126,8 @@ class Model:
             wanted |= {self.trial.candidate.key, self.trial.baseline.key}
         if self._held is not None:
             wanted |= self._held
+        if self._preference is not None and max(self.offer.versions, default=0) <= self._preference.known:
+            wanted.add(self._preference.key)
         # What a trial or a serving version holds on to may be gone from the source: then there is nothing to start again.
         present = {version.key for version in self.versions if version.state is not VersionState.UNLOADED}
         return wanted & (present | {want.key for want in self.offer.versions.values()})
@@ -205,6 +207,7 @@ class Model:
             return
         version = next(v for v in self.versions if v.key == step.key and v not in self._leaving)
         if step.action is Action.LOAD:
+            version.displaces = self._swap_policy() is SwapPolicy.RESOURCE
             version.allow_load()
             version.is_prepared = False
         elif version.state is VersionState.FAILED:
@@ -215,6 +218,11 @@ class Model:
             self._unloads.add(task)
             task.add_done_callback(self._unloads.discard)
             self._update_route()
+        elif version.state is VersionState.DISCOVERED:
+            # Its task has not begun, and a task that is cancelled before that never comes to its own end.
+            self._loads.pop(version).cancel()
+            version.abandon()
+            self._remove(version)
         else:
             self._leaving.add(version)
             self._loads[version].cancel()
@@ -270,8 +278,7 @@ class Model:
     def _retry_later(self, version: ModelVersion) -> None:
         """Not where the old version would have to go again to make room for what may fail again."""
         count = self._failures[version.key] = self._failures.get(version.key, 0) + 1
-        was_verified = version.inspection is not None
-        if not was_verified or self._swap_policy() is SwapPolicy.AVAILABILITY:
+        if not version.displaces:
             asyncio.get_running_loop().call_later(retry_delay(count), self._retry, version)
 
     def _retry(self, version: ModelVersion) -> None:
@@ -282,13 +289,16 @@ class Model:
     # -- the route -----------------------------------------------------------------------------------------------------
 
     def _update_route(self) -> None:
-        live: dict[int, ModelVersion] = {}
-        for version in self.versions:  # in the order of their start: of one number's contents the newest counts
-            if version.is_live and version not in self._leaving and (self._held is None or version.key in self._held):
-                live[version.version] = version
+        by_key = {
+            version.key: version
+            for version in self.versions
+            if version.is_live and version not in self._leaving and (self._held is None or version.key in self._held)
+        }
+        # In the order of their start: of one number's contents the newest counts.
+        live = {version.version: version for version in by_key.values()}
         for label, before, after in self.labels.settle(live):
             self._parts.events.record("label", self.name, after, fields={"label": label, "from": str(before)})
-        default = self._choose_default(live)
+        default = self._choose_default(by_key)
         before_default = self.route.default
         divert = self.trial.divert if self.trial is not None and self.trial.is_running else None
         self.route = Route(default, live, dict(self.labels.current), divert)
@@ -299,23 +309,24 @@ class Model:
                 before_default.hand_over(default)
             log.info("version serves", model=self.name, version=default.version, instead_of=old or None)
 
-    def _choose_default(self, live: Mapping[int, ModelVersion]) -> ModelVersion | None:
+    def _choose_default(self, live: Mapping[Key, ModelVersion]) -> ModelVersion | None:
         """1. What was just decided. 2. What a trial says. 3. What the policy says, perhaps after a trial."""
         decided, self._decided = self._decided, None
         if decided is not None and decided in live.values():
             return decided
-        by_key = {version.key: version for version in live.values()}
-        if self.trial is not None and not {self.trial.candidate.key, self.trial.baseline.key} <= by_key.keys():
+        current = self.route.default
+        if self.trial is not None and not {self.trial.candidate.key, self.trial.baseline.key} <= live.keys():
             self._end_trial("superseded", "one of its versions went away")
         if self.trial is not None and self.trial.is_running:
-            newest = newest_selected(by_key.keys(), self._selected(), self._preference)
+            newest = newest_selected(live.keys(), self._selected(), self._preference)
             if newest in (None, self.trial.candidate.key, self.trial.baseline.key):
                 return self.trial.default
+            current = self.trial.baseline  # the other one, though it may serve, has not passed
             self._end_trial("superseded", f"version {newest.number} came")
         choice = choose_serving(
-            by_key.keys(),
+            live.keys(),
             self._selected(),
-            self.route.default.key if self.route.default is not None else None,
+            current.key if current is not None else None,
             preference=self._preference,
             offered={version.key for version in live.values() if self._is_offered(version)},
             blocked=self.blocked.keys(),
@@ -323,9 +334,9 @@ class Model:
         )
         if choice.key is None:
             return None
-        if choice.is_tried and self.route.default is not None:
-            return self._begin_trial(by_key[choice.key], self.route.default, self._rollout).default
-        return by_key[choice.key]
+        if choice.is_tried and current is not None:
+            return self._begin_trial(live[choice.key], current, self._rollout).default
+        return live[choice.key]
 
     @property
     def _rollout(self) -> RolloutConfig:
@@ -443,7 +454,7 @@ class Model:
 
         Raises LoadError with Triton's text for the first version that failed.
         """
-        before = self.offer or Offer(offer.source, offer.config, {}, {})
+        before = self.offer
         self._held = {version.key for version in self.route.live.values()}
         try:
             for version in [v for v in self.versions if v.state is VersionState.FAILED]:
@@ -454,7 +465,10 @@ class Model:
             if failed:
                 first = failed[0]
                 text = f"load failed for model '{self.name}': version {first.version} is at UNAVAILABLE state: {first.reason};"
-                self.set_offer(before)
+                if before is None:
+                    self.withdraw()
+                else:
+                    self.set_offer(before)
                 raise LoadError(text)
         finally:
             self._held = None

@@ -40,7 +40,7 @@ def select_versions(available: Collection[int], policy: str) -> list[int]:
 
 def _is_number(text: str) -> bool:
     """str.isdigit alone is true of '²', which int() refuses."""
-    return text.isascii() and text.isdigit()
+    return text.isascii() and text.isdigit() and len(text) <= 19
 
 
 def wanted_versions(
@@ -65,8 +65,10 @@ def wanted_versions(
     if offered and selected <= failed:
         if serving is not None:
             wanted.add(serving)
-        elif policy.startswith("latest:") and there - failed:
-            wanted.add(max(there - failed))
+        elif policy.startswith("latest:"):
+            # Those that failed stay until their retry; forgotten, they would look like new ones and be tried again at once.
+            wanted |= there & failed
+            wanted |= {max(there - failed)} if there - failed else set()
     return wanted
 
 
@@ -158,7 +160,7 @@ class Choice(NamedTuple):
 def newest_selected(live: AbstractSet[Key], selected: AbstractSet[Key], preference: Preference | None) -> Key | None:
     chosen = live & selected
     newest = max(chosen, default=None)
-    if newest is not None and preference is not None and preference.key in chosen and newest.number <= preference.known:
+    if newest is not None and preference is not None and preference.key in live and newest.number <= preference.known:
         return preference.key
     return newest
 

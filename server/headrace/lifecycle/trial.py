@@ -86,17 +86,17 @@ class Trial:
     # -- the verdict ---------------------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Look at the evidence until the trial ends."""
-        while self.phase == "running":
+        """Look at the evidence until the trial ends; also while one that has passed waits for its promotion by hand."""
+        while self.is_running:
             await asyncio.sleep(LOOK_EVERY)
-            if self.phase != "running":
+            if not self.is_running:
                 return
             verdict = self.look()
             if verdict.decision is Decision.ROLLBACK:
                 self._conclude(self, "rolled_back", verdict.reason)
             elif verdict.decision is Decision.PASSED and self.config.promote == "auto":
                 self._conclude(self, "promoted", verdict.reason)
-            elif verdict.decision is Decision.PASSED:
+            elif verdict.decision is Decision.PASSED and self.phase == "running":
                 self.phase, self.reason = "passed", verdict.reason
                 self._conclude(self, "passed", verdict.reason)
 

@@ -68,6 +68,8 @@ class ModelVersion:
         self.since = time.time()
         self.reason = ""
         self.is_prepared = False
+        self.displaces = False
+        """Whether the version that served had to make room for it."""
         self.inspection: Inspection | None = None
         self.memory_bytes = 0
         self.effective: EffectiveModel | None = None
@@ -125,7 +127,7 @@ class ModelVersion:
         check_move(self.state, state)
         self.state = state
         self.since = time.time()
-        self.reason = reason
+        self.reason = reason.encode(errors="backslashreplace").decode()  # names of files can hold what no message can
         self._on_change(self)
 
     # -- serving: any thread -------------------------------------------------------------------------------------------
@@ -176,7 +178,7 @@ class ModelVersion:
                 self.move(VersionState.LOADING)
                 await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(before, effective), pause)
         except asyncio.CancelledError:
-            self._abandon()
+            self.abandon()
             raise
         except HeadraceError as error:
             self._fail(str(error))
@@ -210,7 +212,7 @@ class ModelVersion:
         self._inspection_thread.start()
         return await asyncio.wrap_future(result)
 
-    def _abandon(self) -> None:
+    def abandon(self) -> None:
         """No longer wanted before it was live. Threads inside a load end after it, by themselves."""
         for worker in self._workers:
             worker.stop()
@@ -226,6 +228,8 @@ class ModelVersion:
 
     def _fail(self, reason: str) -> None:
         self._release()
+        if self.inspection is not None:
+            self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 

@@ -112,8 +112,8 @@ class Watcher:
             self._on_error(self.source, "")
         settled = self._settling.settle(listing, self._listed_at)
         if settled != self._last:
-            self._last = settled
             self._take(self.source, settled)
+            self._last = settled
         self.has_listed.set()
 
     def _fail(self, reason: str) -> None:

@@ -83,6 +83,11 @@ class DirectorySource(Source):
 
     def _model_directories(self) -> Sequence[Path]:
         directories = sorted(child for child in self._root.iterdir() if child.is_dir() and not _is_hidden(child.name))
+        for child in [child for child in directories if not _is_utf8(child.name)]:
+            directories.remove(child)
+            if child not in self._warned:
+                self._warned.add(child)
+                log.warning("directory ignored", directory=ascii(child.name), expected="a name in UTF-8, as the protocol's are")
         return [self._root] if any(is_version_name(child.name) for child in directories) else directories
 
     def _read_model(self, name: str, directory: Path) -> ModelRef:
@@ -103,6 +108,14 @@ class DirectorySource(Source):
         if not versions:
             raise ConfigError(f"model '{name}' has no version: expected a directory such as {name}/1 with a model file in it")
         return ModelRef(name, config, versions)
+
+
+def _is_utf8(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_hidden(name: str) -> bool:

@@ -64,7 +64,8 @@ def _ends_a_line(path: Path) -> bool:
 def encode_event(event: Event) -> bytes:
     table: dict[str, Any] = {"at": datetime.fromtimestamp(event.at, UTC).isoformat(timespec="milliseconds"), "event": event.kind}
     table |= {"model": event.model, "version": event.version, "who": event.who, "reason": event.reason, **event.fields}
-    return (json.dumps(table, ensure_ascii=False) + "\n").encode()
+    # Half a surrogate pair, from a file's name say, becomes JSON's own way to write one.
+    return (json.dumps(table, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 @dataclass(slots=True)

@@ -75,8 +75,8 @@ OFFERED = {3: "a", 4: "a", 5: "a"}
         ("what was rolled back counts as not there", {"blocked": keys(5)}, [4]),
         ("what serves goes on while the newest has failed", {"failed": keys(5), "serving": k(3)}, [3, 5]),
         ("where nothing serves the newest that did not fail is taken", {"failed": keys(5)}, [4, 5]),
-        ("a failure of the fallback goes further back", {"failed": keys(4, 5)}, [3, 5]),
-        ("when everything fails there is nothing else to want", {"failed": keys(3, 4, 5)}, [5]),
+        ("a failure of the fallback goes further back", {"failed": keys(4, 5)}, [3, 4, 5]),
+        ("when everything fails all of it waits for its retry", {"failed": keys(3, 4, 5)}, [3, 4, 5]),
         ("when everything was rolled back what serves goes on", {"blocked": keys(3, 4, 5), "serving": k(5)}, [5]),
     ],
 )
