@@ -113,14 +113,13 @@ class Model:
     def wanted(self) -> set[Key]:
         if self.offer is None:
             return set()
-        default = self.route.default
         wanted = wanted_versions(
             {number: want.token for number, want in self.offer.versions.items()},
             self.offer.config.version_policy,
             blocked=self.blocked.keys(),
             failed={version.key for version in self.versions if version.state is VersionState.FAILED},
             labelled=self.labels.versions,
-            serving=default.key if default is not None else None,
+            serving=self._serving,
         )
         if self.trial is not None:
             wanted |= {self.trial.candidate.key, self.trial.baseline.key}
@@ -144,6 +143,10 @@ class Model:
     def is_gone(self) -> bool:
         """Nothing is offered and nothing is left."""
         return self.offer is not None and not self.offer.versions and not self.versions and not self.error
+
+    @property
+    def _serving(self) -> Key | None:
+        return self.route.default.key if self.route.default is not None else None
 
     @property
     def is_serving(self) -> bool:
@@ -175,7 +178,7 @@ class Model:
         self._parts.notify()
 
     def _take_steps(self) -> None:
-        while (step := next_step(self.wanted(), self._statuses(), self._swap_policy())) is not None:
+        while (step := next_step(self.wanted(), self._statuses(), self._swap_policy(), self._serving)) is not None:
             self._take(step)
         if not any(version.state in ARRIVING for version in self.versions):
             self._settled.set()

@@ -106,14 +106,14 @@ _ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionSt
 _LEAVING = frozenset({VersionState.DRAINING, VersionState.UNLOADING})
 
 
-def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], policy: SwapPolicy) -> Step | None:
+def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], policy: SwapPolicy, serving: Key | None = None) -> Step | None:
     """At most one step towards the wanted versions; None: wait for something to change.
 
     1. What is not wanted and not live goes at once: a failure is forgotten, a load cancelled. But the oldest load that has only been
        overtaken by a newer version goes on: where versions are published faster than they load, none would ever arrive.
     2. What is wanted and not there is fetched and verified, the newest first; that takes next to no memory.
-    3. Live versions that are not wanted go when nothing is wanted; when every wanted one is live; or, but for the newest of them, when
-       there are several.
+    3. Live versions that are not wanted go when nothing is wanted; when every wanted one is live; or, when there are several, but
+       for the one that serves.
     4. RESOURCE: they also go, all of them, once a wanted version is verified; nothing is loaded until they have gone.
     5. What is wanted, or goes on, and is verified is loaded.
     """
@@ -129,7 +129,7 @@ def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], polic
         return Step(Action.START, max(missing))
     prepared = [version.key for version in present if version.is_prepared and version.state is VersionState.VERIFYING]
     prepared = sorted((key for key in prepared if key in wanted or key in goes_on), reverse=True)
-    leavers = sorted(version.key for version in stale if version.state is VersionState.LIVE)
+    leavers = sorted((v.key for v in stale if v.state is VersionState.LIVE), key=lambda key: (key == serving, key))
     if leavers and _may_leave(wanted, present, leavers, makes_room=policy is SwapPolicy.RESOURCE and bool(prepared)):
         return Step(Action.UNLOAD, leavers[0])
     if prepared and not (policy is SwapPolicy.RESOURCE and stale):

@@ -130,6 +130,12 @@ def test_next_step(case: str, wanted: set[Key], versions: list[VersionStatus], p
     assert next_step(wanted, versions, policy) == expected, case
 
 
+def test_of_several_that_are_not_wanted_the_one_that_serves_goes_last() -> None:
+    versions = [has(1, S.LIVE), has(2, S.LOADING), has(3, S.LIVE)]
+    assert next_step(keys(2), versions, AV, serving=k(1)) == (UNLOAD, k(3))
+    assert next_step(keys(2), versions, AV, serving=k(3)) == (UNLOAD, k(1))
+
+
 @pytest.mark.parametrize("policy", list(SwapPolicy))
 def test_steps_arrive_at_the_wanted_versions_from_anywhere_and_availability_never_leaves_nothing_live(policy: SwapPolicy) -> None:
     """Random walks: what is wanted changes at any time, loads end well or badly; the seed is in the failure."""
