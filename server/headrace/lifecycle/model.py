@@ -32,7 +32,7 @@ from headrace.lifecycle.policy import (
     wanted_versions,
 )
 from headrace.lifecycle.routes import Route
-from headrace.lifecycle.state import VersionState
+from headrace.lifecycle.state import ARRIVING, VersionState
 from headrace.lifecycle.trial import Trial
 from headrace.lifecycle.version import ModelVersion, event_of
 from headrace.lifecycle.wanted import Offer
@@ -40,7 +40,6 @@ from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 
-ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
 REMEMBERED = 4
 """Unloaded versions that the index still shows."""
 

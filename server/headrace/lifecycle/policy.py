@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from headrace.errors import ConfigError
-from headrace.lifecycle.state import VersionState
+from headrace.lifecycle.state import ARRIVING, VersionState
 
 
 class Key(NamedTuple):
@@ -102,7 +102,6 @@ class Step(NamedTuple):
 
 
 _GONE = frozenset({VersionState.UNLOADED})
-_ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
 _LEAVING = frozenset({VersionState.DRAINING, VersionState.UNLOADING})
 
 
@@ -119,7 +118,7 @@ def next_step(wanted: AbstractSet[Key], versions: Sequence[VersionStatus], polic
     """
     present = [version for version in versions if version.state not in _GONE]
     stale = [version for version in present if version.key not in wanted]
-    overtaken = [v.key for v in stale if v.is_offered and v.state in _ARRIVING] if policy is SwapPolicy.AVAILABILITY and wanted else []
+    overtaken = [v.key for v in stale if v.is_offered and v.state in ARRIVING] if policy is SwapPolicy.AVAILABILITY and wanted else []
     goes_on = set(sorted(overtaken)[:1])
     for version in stale:
         if version.key not in goes_on and version.state is not VersionState.LIVE and version.state not in _LEAVING:

@@ -18,6 +18,10 @@ class VersionState(enum.Enum):
     FAILED = "failed"
 
 
+ARRIVING = frozenset({VersionState.DISCOVERED, VersionState.FETCHING, VersionState.VERIFYING, VersionState.LOADING, VersionState.WARMING})
+"""On the way to serving: a newer wanted version may still overtake it."""
+
+
 _S = VersionState
 
 MOVES: dict[VersionState, frozenset[VersionState]] = {
