@@ -15,9 +15,10 @@ from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
+from headrace.rpc.transports.native import NativeTransport
 from scripted_models import ScriptedModels, ScriptedVersion
 
-TRANSPORTS: dict[str, Callable[[Services, ServerConfig], Transport]] = {"grpcio": GrpcioTransport}
+TRANSPORTS: dict[str, Callable[[Services, ServerConfig], Transport]] = {"grpcio": GrpcioTransport, "native": NativeTransport}
 
 
 @dataclass

@@ -15,6 +15,7 @@ import uvloop
 
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
+from headrace.batching.together import TogetherSchedule
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
@@ -30,8 +31,8 @@ from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
-from headrace.rpc.transports.base import Services, Transport
-from headrace.rpc.transports.grpcio import GrpcioTransport
+from headrace.rpc.transports.base import Services
+from headrace.rpc.transports.choice import open_transport
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
@@ -54,10 +55,11 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
+        together = TogetherSchedule(LoopSchedule(loop))
         self.models = ModelManager(
             load_backends(),
             lambda: LoopTimer(loop),
-            LoopSchedule(loop),
+            together,
             load_concurrency=config.load_threads,
             access_log=self.access_log,
             drain_grace=config.shutdown_grace,
@@ -69,12 +71,12 @@ class Server:
         self._tasks = Tasks()
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         self.services = Services(
-            InferenceService(self.models, self.access_log),
+            InferenceService(self.models, self.access_log, together),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control),
             HealthService(self.models),
             AdminService(self.admin, config.admin),
         )
-        self.transport: Transport = GrpcioTransport(self.services, config)
+        self.transport = open_transport(self.services, config)
         self.http: HttpServer | None = None
         self.grpc_addresses: list[str] = []
         self.http_address = ""

@@ -53,7 +53,11 @@ class ServerConfig:
         ("127.0.0.1:8001",), "gRPC listeners, HOST:PORT or unix:PATH. Loopback by default: nothing is exposed that nobody asked for."
     )
     http: str = _option("127.0.0.1:8002", "HOST:PORT of metrics and health; empty: off.")
-    transport: str = _option("auto", "The gRPC implementation.", choices=("auto", "grpcio"))
+    transport: str = _option(
+        "auto",
+        "The gRPC implementation. native: HTTP/2 outside the interpreter, extra `native`, without TLS; auto: that where it can be used.",
+        choices=("auto", "native", "grpcio"),
+    )
     model_control: str = _option(
         "watch",
         "What changes the set of models at run time. watch: every source, at once where it can tell and by polling besides. poll: only "
@@ -80,6 +84,10 @@ class ServerConfig:
     access_log: bool = _option(False, "One JSON line per request on standard output.")
     shutdown_grace: float = _option(30.0, "How long a stopping server finishes what it has admitted.", key="shutdown_grace_s", minimum=0)
     max_message_bytes: int = _option(INT32_MAX, "Largest message either way; the protocol's clients allow this much.", minimum=1024)
+    max_inflight_bytes: int = _option(
+        2 << 30, "Messages that wait for their answers, on the native transport and per listener; beyond it requests are refused at once.",
+        minimum=1024,
+    )  # fmt: skip
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")

@@ -94,6 +94,12 @@ class DeadlineExceeded(CapacityError):
     code = Code.DEADLINE_EXCEEDED
 
 
+class MessageTooLarge(CapacityError):
+    """A message beyond max_message_bytes; gRPC's own code for it."""
+
+    code = Code.RESOURCE_EXHAUSTED
+
+
 class NotReady(CapacityError):
     """The model or version exists but does not serve now."""
 

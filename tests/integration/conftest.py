@@ -15,8 +15,13 @@ from served_models import TRANSPORTS, Serve, serve_on
 
 
 @pytest.fixture(params=list(TRANSPORTS))
-def serve(request: pytest.FixtureRequest) -> Serve:
-    return serve_on(request.param)
+def transport(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def serve(transport: str) -> Serve:
+    return serve_on(transport)
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
+from headrace.batching.together import TogetherSchedule
 from headrace.errors import HeadraceError, NotReady
 from headrace.lifecycle.view import ModelsView
 from headrace.requests import InferRequest, Reply
@@ -19,9 +21,10 @@ would mean that versions change faster than one request is handed over."""
 class InferenceService:
     """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
-    def __init__(self, models: ModelsView, access_log: AccessLog | None = None) -> None:
+    def __init__(self, models: ModelsView, access_log: AccessLog | None = None, together: TogetherSchedule | None = None) -> None:
         self._models = models
         self._access_log = access_log
+        self._together = together
         self._decode = RequestDecoder().decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
@@ -40,6 +43,18 @@ class InferenceService:
                 self._record_refusal(self._access_log, request, reply, known, arrived)
             reply.fail(known)
         return request
+
+    def submit_together(self, calls: Iterable[tuple[bytes, Reply]]) -> None:
+        """As `submit` of each; models look at their queues once, after the last."""
+        together = self._together
+        if together is not None:
+            together.begin()
+        try:
+            for message, reply in calls:
+                self.submit(message, reply)
+        finally:
+            if together is not None:
+                together.end()
 
     @property
     def wants_peer(self) -> bool:
