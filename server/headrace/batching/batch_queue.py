@@ -102,11 +102,11 @@ class BatchQueue:
             ticket.is_taken = True
         return tickets
 
-    def drop_late(self, table: LatencyTable, now: float, target: int = 0) -> list[Ticket]:
+    def drop_late(self, table: LatencyTable, now: float, sustaining: int = 1) -> list[Ticket]:
         """Take out the heads that cannot be answered in time, as long as others wait behind them.
 
-        `target` of an overloaded model: also those that could be, but would keep the batch so far below that many rows that more
-        is lost by it than they are (Nexus' window).
+        `sustaining`: also those that could be, but only in a batch of fewer rows than that, which does less than what comes (Nexus'
+        window).
         """
         if not self._expiries or not self._lanes:
             return []
@@ -115,21 +115,20 @@ class BatchQueue:
         count = 0
         while count < len(lane) and count + 1 < self.requests and lane[count][3].answer_by < now + table.mean(lane[count][3].rows):
             count += 1
-        if target:
-            count = self._window(lane, count, table, now, target)
+        count = self._window(lane, count, table, now, sustaining)
         return self._cut(key, count, sum([entry[3].rows for entry in lane[:count]])) if count else []
 
-    def _window(self, lane: list[_Entry], start: int, table: LatencyTable, now: float, target: int) -> int:
-        """Heads to drop for a larger batch. While more comes than can be done, what a batch is worth is its rows less those that
-        batches of the target size would do in its time."""
-        _, rows = self._prefix_in_time(lane[start : start + target], table, now)
-        until = now + table.upper(target)
-        end = start
-        while end < len(lane) and lane[end][3].answer_by < until:
-            end += 1
-        _, better = self._prefix(lane[end : end + target], target)
-        price = target / table.mean(target)
-        return end if better - price * table.mean(better) > rows - price * table.mean(rows) else start
+    def _window(self, lane: list[_Entry], start: int, table: LatencyTable, now: float, sustaining: int) -> int:
+        """How many heads to drop, `start` of them at least."""
+        rest = lane[start : start + sustaining]
+        wanted = min(sustaining, self.limit, sum([entry[3].rows for entry in rest]))
+        _, rows = self._prefix_in_time(rest, table, now)
+        if rows >= wanted:
+            return start
+        until = now + table.mean(wanted)
+        while start + 1 < len(lane) and lane[start][3].answer_by < until:
+            start += 1
+        return start
 
     def rows_ahead(self, ticket: Ticket) -> int:
         """Rows that would run before a ticket that is not queued yet; an estimate where requests differ in rows."""

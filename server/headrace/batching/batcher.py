@@ -148,7 +148,7 @@ class Batcher:
             forecast.saw_deadline(ticket.answer_by - now)
         if not self.latencies.is_known:
             return
-        start, answer = forecast.start_and_answer(now, self._free_at(now), queue.rows_ahead(ticket), ticket.rows)
+        start, answer = forecast.start_and_answer(now, self._free_at(now), queue.rows_ahead(ticket), queue.rows, ticket.rows)
         if (start <= ticket.expires and answer <= ticket.answer_by) or self._is_probe(ticket, now):
             return
         self._shard.record_drop(DropCause.REFUSED)
@@ -191,8 +191,7 @@ class Batcher:
             expired = self._queue.expire(now)
             ready_at = self._ready_at()
             if ready_at <= now and self._queue.next_expiry() != NEVER:
-                target = self._forecast.target(self._instances, now) if self._forecast.is_overloaded(self._instances, now) else 0
-                hopeless = self._queue.drop_late(self.latencies, now, target)
+                hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
             is_full = ready_at <= now and self._queue.is_batch_full()
             rows = self._queue.rows
             tickets = self._queue.take(self.latencies, now) if ready_at <= now else []

@@ -181,11 +181,14 @@ class LatencyTable:
         return self._at(rows) * self._device.factor * (1.0 + self._spread)
 
     def rows_within(self, seconds: float) -> int:
-        """The most rows whose `upper` is no longer than that; 0: not even the smallest batch. Everything where nothing is known."""
+        """The most rows whose `mean` is no longer than that; 0: not even the smallest batch. Everything where nothing is known.
+
+        The mean: a batch made smaller than it had to be costs more than one of its requests that is late now and then.
+        """
         values, knots = self._values, self._knots
         if not values:
             return self._max_rows
-        alone = seconds / (self._device.factor * (1.0 + self._spread))
+        alone = seconds / self._device.factor
         index = bisect_right(values, alone)
         if index == 0:
             return 0
