@@ -131,7 +131,7 @@ def test_upper_is_what_nearly_all_batches_stay_below(seed: int) -> None:
 def test_a_size_that_was_once_measured_badly_is_tried_again() -> None:
     model = Model(LatencyTable(LINEAR, 64), linear)
     model.latency = lambda rows: 4 * linear(rows)
-    model.run(64, times=5)
+    model.run(64, times=30)
     model.latency = linear
     model.run(8, times=10)
     assert model.table.worthwhile < 64
