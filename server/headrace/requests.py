@@ -48,10 +48,22 @@ class RequestedOutput:
         return f"RequestedOutput({self.name!r})"
 
 
-class InferRequest:
-    """A decoded ModelInfer message. `outputs` empty means all of them."""
+class Likeness:
+    """Shared by requests that were found equal in all but their tensors' content and their id: names, datatypes, shapes, sizes of
+    the content, outputs, parameters. What is true of one for these alone is true of all, and may be kept in `known`, one thing by
+    whoever learnt it last; it is replaced whole, by any thread.
+    """
 
-    __slots__ = ("id", "inputs", "model", "outputs", "parameters", "version")
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: object = None
+
+
+class InferRequest:
+    """A decoded ModelInfer message. `outputs` empty means all of them. `likeness` where it is known to be like others."""
+
+    __slots__ = ("id", "inputs", "likeness", "model", "outputs", "parameters", "version")
 
     def __init__(
         self,
@@ -61,7 +73,9 @@ class InferRequest:
         inputs: Sequence[InputTensor],
         outputs: Sequence[RequestedOutput] = (),
         parameters: Parameters = NO_PARAMETERS,
+        likeness: Likeness | None = None,
     ) -> None:
+        self.likeness = likeness
         self.model = model
         self.version = version
         self.id = id

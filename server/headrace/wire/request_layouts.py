@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from headrace.requests import InferRequest, InputTensor, Parameters, RequestedOutput
+from headrace.requests import InferRequest, InputTensor, Likeness, Parameters, RequestedOutput
 from headrace.signature import Shape
 from headrace.wire.codec import RAW_INPUT_CONTENTS, SCAN_THRESHOLD, decode_request, read_field
 from headrace.wire.tensors import decode_bytes_tensor
@@ -37,7 +37,7 @@ class _Input(NamedTuple):
 class Layout:
     """One message with its raw contents and id cut out. Immutable."""
 
-    __slots__ = ("fixed", "id_start", "id_stop", "inputs", "is_large", "model", "outputs", "parameters", "version")
+    __slots__ = ("fixed", "id_start", "id_stop", "inputs", "is_large", "likeness", "model", "outputs", "parameters", "version")
 
     def __init__(
         self,
@@ -55,6 +55,8 @@ class Layout:
         self.fixed = fixed
         self.id_start, self.id_stop = id_span
         self.is_large = is_large
+        # The content of BYTES has a length of its own and its elements can be anything, but none of that is checked against a model.
+        self.likeness = Likeness()
 
     def read(self, message: bytes) -> InferRequest | None:
         """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
@@ -78,7 +80,7 @@ class Layout:
             else:
                 strings = decode_bytes_tensor(data, elements, name, self.model)
                 inputs.append(InputTensor(name, datatype, shape, strings, parameters))
-        return InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters)
+        return InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.likeness)
 
 
 MAX_FIXED_BYTES = 4096
