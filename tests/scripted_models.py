@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from headrace.backends.base import ArtifactSignature
+from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
 from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
@@ -61,6 +62,7 @@ class ScriptedVersion:
         self.pending_rows = 0
         self.pending_requests = 0
         self.load_seconds = 0.0
+        self.latency_stats: LatencyStats | None = None
         self.requests: list[InferRequest] = []
         self.replies: list[Reply] = []
         self.held: dict[Reply, InferRequest] = {}

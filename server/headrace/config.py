@@ -143,7 +143,17 @@ class BatchingConfig:
     default_timeout: float = _option(
         0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0
     )
-    allow_timeout_override: bool = _option(True, "Whether a request's `timeout` parameter may lower it.")
+    allow_timeout_override: bool = _option(
+        True, "Whether a request may set a `timeout` of its own, by which it wants its answer; it can only be shorter."
+    )
+    slo: float = _option(
+        0.0,
+        "Time within which each request is to be answered, from its arrival. One that cannot be, by what batches are seen to take, is "
+        "refused (UNAVAILABLE) as soon as that is known, so that the others can. 0: none.",
+        key="slo_ms",
+        scale=1e-3,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         if self.default_priority_level > self.priority_levels:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.batch_queue",
         "headrace.batching.assemble",
         "headrace.batching.latency",
+        "headrace.batching.forecast",
         "headrace.batching.screening",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
@@ -88,8 +89,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy",
-    "headrace.lifecycle.rollout", "headrace.wire",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
+    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

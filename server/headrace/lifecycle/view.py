@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.events import Actor, EventLog
@@ -45,6 +46,9 @@ class VersionView(Submits, Protocol):
     def pending_requests(self) -> int: ...
     @property
     def load_seconds(self) -> float: ...
+    @property
+    def latency_stats(self) -> LatencyStats | None:
+        """None where it serves nothing."""
 
 
 @dataclass(frozen=True, slots=True)
