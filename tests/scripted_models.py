@@ -13,7 +13,7 @@ from headrace.config import ModelConfig
 from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.view import IndexEntry
+from headrace.lifecycle.view import Call, IndexEntry, Refused, submit_each
 from headrace.requests import Answer, InferRequest, InputTensor, Reply, RequestedOutput
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.telemetry.counters import VersionCounters
@@ -85,6 +85,9 @@ class ScriptedVersion:
                 self.pool.submit(reply.outlet.deliver, [(reply, answer)])
         finally:
             self._tell()
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        return submit_each(self, calls, arrived)
 
     def _cancel(self, reply: Reply) -> None:
         if self.held.pop(reply, None) is not None:

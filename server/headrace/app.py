@@ -15,7 +15,6 @@ import uvloop
 
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
-from headrace.batching.together import TogetherSchedule
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
@@ -55,11 +54,10 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
-        together = TogetherSchedule(LoopSchedule(loop))
         self.models = ModelManager(
             load_backends(),
             lambda: LoopTimer(loop),
-            together,
+            LoopSchedule(loop),
             load_concurrency=config.load_threads,
             access_log=self.access_log,
             drain_grace=config.shutdown_grace,
@@ -71,7 +69,7 @@ class Server:
         self._tasks = Tasks()
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         self.services = Services(
-            InferenceService(self.models, self.access_log, together),
+            InferenceService(self.models, self.access_log),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control),
             HealthService(self.models),
             AdminService(self.admin, config.admin),

@@ -61,7 +61,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
-        "headrace.batching.together",
         "headrace.sources.publish",
     ),
     (

@@ -175,7 +175,7 @@ class _Listener:
         if not self._count(size):
             inferences, others = self._sort_out(inferences, others)
         if inferences:
-            self._inference.submit_together(inferences)
+            self._inference.submit_all(inferences)
         if others:
             self._on_loop(self._start_tasks, others)
         for call_id in cancelled:
