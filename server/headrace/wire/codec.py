@@ -201,9 +201,10 @@ def _parameters(given: Mapping[str, InferParameter]) -> Parameters:
 
 # -- responses -----------------------------------------------------------------------------------------------------------
 
-Key = tuple[tuple[int, ...], tuple[Shape, ...]]
 Place = tuple[str, int, int] | None
 """Region, offset and size of an output that is written to shared memory."""
+Key = tuple[tuple[int, ...], tuple[Shape, ...]] | tuple[tuple[int, ...], tuple[Shape, ...], tuple[Place, ...]]
+"""Outputs, their shapes, and where some of them are written to shared memory their places."""
 Buffer = bytes | memoryview
 
 
@@ -379,29 +380,16 @@ class ResponseEncoder:
                 places.append((destination.region, destination.offset, len(content)))
             else:
                 return _too_small(spec.name, len(content), destination)
-        shapes = tuple([array.shape for array in arrays])
-        parts: list[Buffer] = [self._prefix, _encode_id(ticket.id) if ticket.id else b"", self._outputs_of(ticket.outputs, shapes, places)]
-        for content, destination in zip(contents, destinations, strict=True):
-            if destination is None:
-                parts += (tag_and_length(6, len(content)), content)
-            else:
+        header = self._header((ticket.outputs, tuple([array.shape for array in arrays]), tuple(places)))
+        parts: list[Buffer] = [self._prefix, _encode_id(ticket.id) if ticket.id else b"", header.outputs]
+        for prefix, content, destination in zip(header.prefixes, contents, destinations, strict=True):
+            if destination is not None:
                 destination.view[: len(content)] = content
                 parts.append(_EMPTY_CONTENT)
+            else:
+                parts += (prefix or tag_and_length(6, len(content)), content)
         message = b"".join(parts)
         return message if len(message) <= MAX_RESPONSE_BYTES else _too_large(message)
-
-    def _outputs_of(self, outputs: tuple[int, ...], shapes: tuple[Shape, ...], places: Sequence[Place]) -> bytes:
-        response = ModelInferResponse()
-        for index, shape, where in zip(outputs, shapes, places, strict=True):
-            spec = self._outputs[index]
-            output = response.outputs.add(name=spec.name, datatype=spec.datatype.value, shape=shape)
-            if where is not None:
-                region, offset, size = where
-                output.parameters[REGION].string_param = region
-                output.parameters[BYTE_SIZE].int64_param = size
-                if offset:
-                    output.parameters[OFFSET].int64_param = offset
-        return response.SerializeToString()
 
     def _check_datatype(self, index: int, array: Array) -> bool:
         """Whether the output is BYTES. The header promises the datatype's size; another array would make a corrupt message."""
@@ -429,9 +417,16 @@ class ResponseEncoder:
     def _make_header(self, key: Key) -> _Header:
         response = ModelInferResponse()
         prefixes: list[bytes | None] = []
-        for index, shape in zip(*key, strict=True):
+        places = key[2] if len(key) == 3 else (None,) * len(key[0])
+        for index, shape, where in zip(key[0], key[1], places, strict=True):
             spec = self._outputs[index]
-            response.outputs.add(name=spec.name, datatype=spec.datatype.value, shape=shape)
+            output = response.outputs.add(name=spec.name, datatype=spec.datatype.value, shape=shape)
+            if where is not None:
+                region, offset, size = where
+                output.parameters[REGION].string_param = region
+                output.parameters[BYTE_SIZE].int64_param = size
+                if offset:
+                    output.parameters[OFFSET].int64_param = offset
             itemsize = spec.datatype.itemsize
             prefixes.append(tag_and_length(6, math.prod(shape) * itemsize) if itemsize else None)
         return _Header(response.SerializeToString(), prefixes)
