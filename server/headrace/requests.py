@@ -65,14 +65,26 @@ class Destination:
 Destinations = tuple[Destination | None, ...]
 
 
+class Likeness:
+    """Shared by requests that were found equal in all but their tensors' content and their id: names, datatypes, shapes, sizes of
+    the content, outputs, parameters. What is true of one for these alone is true of all, and may be kept in `known`, one thing by
+    whoever learnt it last; it is replaced whole, by any thread.
+    """
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: object = None
+
+
 class InferRequest:
-    """A decoded ModelInfer message. `outputs` empty means all of them.
+    """A decoded ModelInfer message. `outputs` empty means all of them. `likeness` where it is known to be like others.
 
     `uses_regions`: some of its tensors lie in shared memory, and may be overwritten by the client once it has its answer.
     `destinations`: where each of `outputs` goes, None where all go into the answer.
     """
 
-    __slots__ = ("destinations", "id", "inputs", "model", "outputs", "parameters", "uses_regions", "version")
+    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "outputs", "parameters", "uses_regions", "version")
 
     def __init__(
         self,
@@ -82,8 +94,10 @@ class InferRequest:
         inputs: Sequence[InputTensor],
         outputs: Sequence[RequestedOutput] = (),
         parameters: Parameters = NO_PARAMETERS,
+        likeness: Likeness | None = None,
         uses_regions: bool = False,
     ) -> None:
+        self.likeness = likeness
         self.model = model
         self.version = version
         self.id = id

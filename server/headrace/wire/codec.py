@@ -177,7 +177,13 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview], regions
     uses_regions = uses_regions or any(REGION in output.parameters for output in outputs)
     given = parsed.parameters
     request = InferRequest(
-        model, parsed.model_version, parsed.id, inputs, outputs, _parameters(given) if given else NO_PARAMETERS, uses_regions
+        model,
+        parsed.model_version,
+        parsed.id,
+        inputs,
+        outputs,
+        _parameters(given) if given else NO_PARAMETERS,
+        uses_regions=uses_regions,
     )
     if uses_regions:
         place(request, regions)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from headrace.requests import InferRequest, InputTensor, Parameters, RequestedOutput
+from headrace.requests import InferRequest, InputTensor, Likeness, Parameters, RequestedOutput
 from headrace.signature import Shape
 from headrace.wire.codec import RAW_INPUT_CONTENTS, SCAN_THRESHOLD, decode_request, read_field
 from headrace.wire.shared_memory import REGION, Regions, place
@@ -39,7 +39,9 @@ class _Input(NamedTuple):
 class Layout:
     """One message with its raw contents and id cut out. Immutable."""
 
-    __slots__ = ("fixed", "id_start", "id_stop", "inputs", "is_large", "model", "outputs", "parameters", "uses_regions", "version")
+    __slots__ = (
+        "fixed", "id_start", "id_stop", "inputs", "is_large", "likeness", "model", "outputs", "parameters", "uses_regions", "version",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -58,6 +60,8 @@ class Layout:
         self.fixed = fixed
         self.id_start, self.id_stop = id_span
         self.is_large = is_large
+        # The content of BYTES has a length of its own and its elements can be anything, but none of that is checked against a model.
+        self.likeness = Likeness()
 
     def read(self, message: bytes, regions: Regions | None = None) -> InferRequest | None:
         """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
@@ -81,7 +85,7 @@ class Layout:
             else:
                 strings = decode_bytes_tensor(data, elements, name, self.model)
                 inputs.append(InputTensor(name, datatype, shape, strings, parameters))
-        request = InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.uses_regions)
+        request = InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.likeness, self.uses_regions)
         if self.uses_regions:
             place(request, regions)
         return request
