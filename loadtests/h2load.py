@@ -116,7 +116,7 @@ def spread_calls(concurrency: int, calls_per_connection: int = CALLS_PER_CONNECT
 
 
 class H2Load:
-    """Runs of one call against one server. `core`: where h2load runs; None leaves it to the system."""
+    """Runs of one call against one server, at HOST:PORT or unix:PATH. `core`: where h2load runs; None leaves it to the system."""
 
     def __init__(self, address: str, body: Path, *, core: int | None, program: str = "h2load") -> None:
         self._address = address
@@ -152,7 +152,9 @@ class H2Load:
         command = [self._program, "-n", str(requests), "-c", str(connections), "-m", str(streams), "-d", str(self._body)]
         command += ["-H", "content-type: application/grpc", "-H", "te: trailers"]
         command += ["--log-file", str(log)] if log else []
-        command.append(f"http://{self._address}{INFER_PATH}")
+        is_unix = self._address.startswith("unix:")
+        command += ["--base-uri", self._address] if is_unix else []
+        command.append(f"http://{'localhost' if is_unix else self._address}{INFER_PATH}")
         used = os.times()
         try:
             done = subprocess.run(
