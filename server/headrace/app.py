@@ -32,6 +32,7 @@ from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
 from headrace.rpc.transports.choice import open_transport
+from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
@@ -68,9 +69,10 @@ class Server:
         self.audit_log: AuditLog | None = None
         self._tasks = Tasks()
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
+        regions = SharedMemoryRegions() if config.client_shared_memory else None
         self.services = Services(
-            InferenceService(self.models, self.access_log),
-            ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control),
+            InferenceService(self.models, self.access_log, regions),
+            ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
             HealthService(self.models),
             AdminService(self.admin, config.admin),
         )

@@ -88,6 +88,11 @@ class ServerConfig:
         2 << 30, "Messages that wait for their answers, on the native transport and per listener; beyond it requests are refused at once.",
         minimum=1024,
     )  # fmt: skip
+    client_shared_memory: bool = _option(
+        False,
+        "Clients on this machine may leave tensors in system shared memory. Off: whoever reaches the port could have the server read "
+        "and write every shared memory object that its user may.",
+    )
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")

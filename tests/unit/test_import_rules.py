@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests",),
-    ("headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
+    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
     ("headrace.config",),
     ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
     (

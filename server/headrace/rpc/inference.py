@@ -11,6 +11,7 @@ from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
 from headrace.telemetry.access_log import AccessLog
 from headrace.wire.request_layouts import RequestDecoder
+from headrace.wire.shared_memory import Regions
 
 MAX_RESOLVES = 4
 """A version can begin to drain between being found and being asked; the next look finds its successor. More than a few rounds
@@ -20,10 +21,10 @@ would mean that versions change faster than one request is handed over."""
 class InferenceService:
     """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
-    def __init__(self, models: ModelsView, access_log: AccessLog | None = None) -> None:
+    def __init__(self, models: ModelsView, access_log: AccessLog | None = None, regions: Regions | None = None) -> None:
         self._models = models
         self._access_log = access_log
-        self._decode = RequestDecoder().decode
+        self._decode = RequestDecoder(regions).decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
         """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later.
