@@ -56,8 +56,12 @@ class Server:
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
         together = TogetherSchedule(LoopSchedule(loop))
+        backends = load_backends()
+        if config.shared_threads:
+            for backend in backends.values():
+                backend.share_threads(config.shared_threads)
         self.models = ModelManager(
-            load_backends(),
+            backends,
             lambda: LoopTimer(loop),
             together,
             load_concurrency=config.load_threads,
