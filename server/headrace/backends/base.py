@@ -67,8 +67,8 @@ class Backend(ABC):
     def estimate_memory(cls, path: Path) -> int:
         """An upper bound in bytes of what one loaded instance takes, known before it is loaded."""
 
-    @classmethod
-    def share_threads(cls, threads: int) -> None:  # noqa: B027  # most runtimes have no such pool
+    @classmethod  # noqa: B027  # most runtimes have no such pool
+    def share_threads(cls, threads: int) -> None:
         """Have all instances in this process compute on one pool of `threads`, now and for good. Called before any artifact is opened.
 
         Raises ConfigError when the process has another pool already, or the runtime cannot.
