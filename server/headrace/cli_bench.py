@@ -75,7 +75,12 @@ def run(options: argparse.Namespace) -> int:
     from headrace.plugins import load_backends
 
     try:
-        return asyncio.run(_open_and_bench(options, load_backends()))
+        found = asyncio.run(_open(options))
+        try:
+            # Not on an event loop, which would keep a Ctrl-C to itself until the model is measured.
+            return _bench(options, load_backends(), found)
+        finally:
+            found.fetched.release()
     except ConfigError:
         raise
     except HeadraceError as error:
@@ -88,8 +93,8 @@ def run(options: argparse.Namespace) -> int:
     return FAILED
 
 
-async def _open_and_bench(options: argparse.Namespace, backends: BackendRegistry) -> int:
-    """The model's files are held as long as it is measured."""
+async def _open(options: argparse.Namespace) -> Found:
+    """Its files are there until they are released."""
     from headrace.plugins import open_source
 
     uri, name = _locate(options.model, options.models)
@@ -104,9 +109,10 @@ async def _open_and_bench(options: argparse.Namespace, backends: BackendRegistry
         number = _newest(model)
         fetched = await source.fetch(model, number)
         try:
-            return _bench(options, backends, Found(model, number, fetched, _to_write(uri, fetched) if options.write else None))
-        finally:
+            return Found(model, number, fetched, _to_write(uri, fetched) if options.write else None)
+        except BaseException:
             fetched.release()
+            raise
     finally:
         await source.close()
 
@@ -163,10 +169,11 @@ def _bench(options: argparse.Namespace, backends: BackendRegistry, found: Found)
     values = changes(subject.settings, choice.settings)
     if found.toml is not None and values:
         _write(found, subject, values, backends)
+    notes += _hints(subject, choice)
     if options.json:
-        print(json.dumps(_table(found, measured, choice, values), indent=2))
+        print(json.dumps({**_table(found, measured, choice, values), "notes": notes}, indent=2))
     else:
-        print("\n".join(_report(found, subject, measured, choice, [*notes, *_hints(subject, measured, choice)], values)))
+        print("\n".join(_report(found, subject, measured, choice, notes, values)))
     return DONE if choice.is_within_slo else FAILED
 
 
@@ -199,7 +206,7 @@ def _tell(progress: Progress) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _hints(subject: Subject, measured: Measured, choice: Choice) -> list[str]:
+def _hints(subject: Subject, choice: Choice) -> list[str]:
     from headrace.lifecycle.warm_up import has_free_dimension
 
     hints = []

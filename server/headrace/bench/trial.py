@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
+import pickle
 import signal
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
@@ -55,34 +56,29 @@ def run_trial(trial: Trial) -> dict[int, Sample]:
 
     Raises LoadError or BackendError with the model's reason, BatchAxisError when the batch dimension is none.
     """
-    context = multiprocessing.get_context("spawn")
-    results, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_measure_and_send, args=(trial, sender), daemon=True)
-    process.start()
-    sender.close()
-    try:
-        outcome: dict[int, Sample] | HeadraceError = results.recv()
-    except EOFError:
-        process.join()
-        raise LoadError(f"the process that measured it ended with {_exit(process.exitcode)}") from None
-    finally:
-        process.kill()
-        process.join()
-        results.close()
+    # In a session of its own: a Ctrl-C is ours, and ends it by way of us.
+    command = [sys.executable, "-P", "-m", "headrace.bench.trial"]
+    done = subprocess.run(command, input=pickle.dumps(trial), stdout=subprocess.PIPE, start_new_session=True, check=False)
+    if done.returncode:
+        raise LoadError(f"the process that measured it ended with {_exit(done.returncode)}")
+    outcome: dict[int, Sample] | HeadraceError = pickle.loads(done.stdout)
     if isinstance(outcome, HeadraceError):
         raise outcome
     return outcome
 
 
-def _exit(code: int | None) -> str:
-    if code is not None and code < 0:
+def _exit(code: int) -> str:
+    if code < 0:
         return f"{signal.Signals(-code).name}{', perhaps for want of memory' if -code == signal.SIGKILL else ''}"
-    return f"status {code}"
+    return f"status {code}; what it said stands above"
 
 
-def _measure_and_send(trial: Trial, results: Connection) -> None:
-    # A Ctrl-C is for the whole group; the parent ends us.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def main() -> None:
+    """That process: a trial comes in, its samples or its error go out."""
+    trial: Trial = pickle.load(sys.stdin.buffer)
+    # What a runtime prints must not get between.
+    results = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, trial.cores)
     outcome: dict[int, Sample] | HeadraceError
@@ -90,7 +86,8 @@ def _measure_and_send(trial: Trial, results: Connection) -> None:
         outcome = measure(trial, load_backends()[trial.backend])
     except HeadraceError as error:
         outcome = error.with_traceback(None)
-    results.send(outcome)
+    with results:
+        pickle.dump(outcome, results)
 
 
 def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
@@ -210,4 +207,8 @@ def _check_batch_axis(trial: Trial, instance: _Instance, inputs: _Inputs) -> Non
             raise BatchAxisError(f"output '{spec.name}' has shape {tuple(array.shape)} for a batch of {rows}")
 
 
-__all__ = ["Trial", "measure", "run_trial"]
+if __name__ == "__main__":
+    # By its own name: what is pickled here has to be found there.
+    from headrace.bench.trial import main as run
+
+    run()
