@@ -95,7 +95,7 @@ class ServerConfig:
     shared_threads: int = _option(
         0,
         "Threads of one pool that all models of this process compute on, whatever their own `threads` say; 0: each instance has its own. "
-        "For many models on many cores: idle threads of the pool spin for some 40 ms, so leave it fewer than there are.",
+        "For many models on many cores: idle threads of the pool spin for some 40 ms, so leave it fewer than there are; 1 spins nowhere.",
         minimum=0,
     )
     cache_directory: str = _option("", "Where versions from object stores and registries are kept; empty: headrace below the user's cache.")

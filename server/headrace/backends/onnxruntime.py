@@ -316,6 +316,8 @@ def _share_threads(threads: int) -> None:
         reason = _reason(error)
     else:
         _pool_threads = threads
+        if threads > 1:
+            log.warning("shared threads spin", threads=threads, seconds=0.04, reason="onnxruntime's Python interface cannot turn that off")
         return
     raise ConfigError(f"shared_threads {threads}: onnxruntime cannot make its pool any more: {reason}")
 
