@@ -72,8 +72,10 @@ class Found:
 
 
 def run(options: argparse.Namespace) -> int:
+    from headrace.cli import check_runtime
     from headrace.plugins import load_backends
 
+    check_runtime()
     try:
         found = asyncio.run(_open(options))
         try:
