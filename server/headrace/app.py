@@ -55,8 +55,12 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
+        backends = load_backends()
+        if config.shared_threads:
+            for backend in backends.values():
+                backend.share_threads(config.shared_threads)
         self.models = ModelManager(
-            load_backends(),
+            backends,
             lambda: LoopTimer(loop),
             LoopSchedule(loop),
             load_concurrency=config.load_threads,
