@@ -44,7 +44,7 @@ class AnswerCheck:
 
     def __init__(self, expected: Arrays) -> None:
         self._expected = expected
-        self._last = b""
+        self._last: bytes | None = None
         self._right: set[bytes] = set()
 
     def __call__(self, body: bytes) -> bool:

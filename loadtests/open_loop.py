@@ -71,6 +71,8 @@ def run_open_loop(client: Client, calls: Sequence[EncodedCall], times: Times, ki
             wait = _wait(due[first_pending] if first_pending < total else end, now)
             if expired < len(expiring):
                 wait = min(wait, (deadlines[expiring[expired]] or 0.0) - now)
+            if not left:
+                wait = 0.0  # only the server is still to be told of those given up
             for arrived, ended in client.exchange(wait):
                 left -= len(ended)
                 for token, status, body in ended:

@@ -66,6 +66,7 @@ class ScriptedVersion:
         self.held: dict[Reply, InferRequest] = {}
         self.cancelled: list[Reply] = []
         self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.pool = ThreadPoolExecutor(1)
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
@@ -73,22 +74,31 @@ class ScriptedVersion:
         self.signature.validate(request)
         self.requests.append(request)
         self.replies.append(reply)
-        self._changed.set()
+        self._notify()
         answer = self.script(self, request)
         reply.cancel = self._cancel
         if answer is None:
             self.held[reply] = request
+            self._notify()
         else:
             self.pool.submit(reply.outlet.deliver, [(reply, answer)])
 
     def _cancel(self, reply: Reply) -> None:
         if self.held.pop(reply, None) is not None:
             self.cancelled.append(reply)
-            self._changed.set()
+            self._notify()
             reply.fail(Cancelled("the caller cancelled the request"))
 
+    def _notify(self) -> None:
+        """From any thread: an Event that another one sets does not wake the loop."""
+        if self._loop is None:
+            self._changed.set()
+        else:
+            self._loop.call_soon_threadsafe(self._changed.set)
+
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, on the loop that the requests come on, for what a request or its cancellation brings about."""
+        """Wait for what a request or its cancellation brings about."""
+        self._loop = asyncio.get_running_loop()
         async with asyncio.timeout(5):
             while not condition():
                 self._changed.clear()
