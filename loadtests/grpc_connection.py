@@ -130,6 +130,8 @@ class Connection:
     """Whether the server's settings have come. Nothing may be started before."""
     is_closing: bool = False
     """Whether the server said GOAWAY, or there are no stream ids left. Nothing may be started any more."""
+    goodbye: str = ""
+    """What the server gave as its reason for that, unless there was none."""
     is_corked: bool = False
     """Whether the server will take no more concurrent streams for now."""
     streams: dict[int, int] = field(default_factory=dict)
@@ -329,7 +331,9 @@ class Connection:
                     self._out.append(frame(PING, ACK, 0, payload))
             case 0x7:
                 self.is_closing = True
-                (last,) = struct.unpack_from(">I", payload)
+                last, code = struct.unpack_from(">II", payload)
+                if code:
+                    self.goodbye = f"GOAWAY with error {code} {payload[8:].decode(errors='replace')}".strip()
                 for above in [each for each in self.streams if each > last & LARGEST_WINDOW]:
                     self._end(ended, above, Status.LOST)
             case 0x8:

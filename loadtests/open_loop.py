@@ -40,13 +40,19 @@ Kinds = NDArray[np.int64]
 """For each arrival the index of its call."""
 
 
-def run_open_loop(client: Client, calls: Sequence[EncodedCall], times: Times, kinds: Kinds, seconds: float) -> Results:
-    """Send `calls[kinds[i]]` at `times[i]`, in seconds from now. Returns when all have ended or the patience has."""
+def run_open_loop(
+    client: Client, calls: Sequence[EncodedCall], times: Times, kinds: Kinds, seconds: float, *, grace: float = 0.0
+) -> Results:
+    """Send `calls[kinds[i]]` at `times[i]`, in seconds from now. Returns when all have ended or the patience has.
+
+    Calls that are not answered `grace` seconds after their deadline are given up.
+    """
     clock, total = time.monotonic, len(times)
     begin = clock() + LEAD
     due = (begin + times).tolist()
     timeouts = np.array([math.inf if call.timeout is None else call.timeout for call in calls])[kinds]
     deadlines = [None if at == math.inf else at for at in (begin + times + timeouts).tolist()]
+    given_up = (begin + times + timeouts + grace).tolist()
     expiring = _by_deadline(begin + times + timeouts)
     chosen = [calls[kind] for kind in kinds]
     sent, done, statuses = [math.nan] * total, [math.nan] * total, [int(Status.UNANSWERED)] * total
@@ -57,9 +63,11 @@ def run_open_loop(client: Client, calls: Sequence[EncodedCall], times: Times, ki
             now = clock()
             while first_pending < total and due[first_pending] <= now:
                 sent[first_pending] = now
-                client.start(first_pending, chosen[first_pending].body, deadlines[first_pending], now)
+                deadline = deadlines[first_pending]
+                if deadline is None or now < deadline:  # a client does not send what it has given up
+                    client.start(first_pending, chosen[first_pending].body, deadline, now)
                 first_pending += 1
-            while expired < len(expiring) and (deadlines[expiring[expired]] or 0.0) <= now:
+            while expired < len(expiring) and given_up[expiring[expired]] <= now:
                 token = expiring[expired]
                 expired += 1
                 if statuses[token] == Status.UNANSWERED:
@@ -70,7 +78,7 @@ def run_open_loop(client: Client, calls: Sequence[EncodedCall], times: Times, ki
                 break
             wait = _wait(due[first_pending] if first_pending < total else end, now)
             if expired < len(expiring):
-                wait = min(wait, (deadlines[expiring[expired]] or 0.0) - now)
+                wait = min(wait, given_up[expiring[expired]] - now)
             if not left:
                 wait = 0.0  # only the server is still to be told of those given up
             for arrived, ended in client.exchange(wait):

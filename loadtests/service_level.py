@@ -89,8 +89,9 @@ class Results:
 class Counts:
     """Every request is exactly one of these.
 
-    `late`: answered right after the SLO, or not by its deadline. `refused`: told at once that it will not be served
-    (RESOURCE_EXHAUSTED, UNAVAILABLE, or DEADLINE_EXCEEDED while there was time). `failed`: whatever else.
+    `late`: answered right after the SLO, or not by its deadline, from when on a client hears of nothing else (a server may say
+    CANCELLED then). `refused`: told at once that it will not be served (RESOURCE_EXHAUSTED, UNAVAILABLE, or DEADLINE_EXCEEDED while
+    there was time). `failed`: whatever else.
     """
 
     ok: int
@@ -110,9 +111,10 @@ def count(results: Results, slo: float | None) -> Counts:
     with np.errstate(invalid="ignore"):
         in_time = right & (results.done - results.intended <= (math.inf if slo is None else slo))
         had_time = results.done < results.intended + results.timeouts
-    exceeded = statuses == Status.DEADLINE_EXCEEDED
-    refused = (statuses == Status.RESOURCE_EXHAUSTED) | (statuses == Status.UNAVAILABLE) | (exceeded & had_time)
-    late = (right & ~in_time) | (exceeded & ~had_time) | (statuses == Status.EXPIRED)
+    refusing = (Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)
+    refused = np.isin(statuses, refusing) & had_time
+    is_grpc = (statuses > Status.OK) & (statuses < Status.RESET)
+    late = (right & ~in_time) | (is_grpc & ~had_time) | (statuses == Status.EXPIRED)
     wrong = statuses == Status.WRONG
     ok, late_count, refused_count, wrong_count = (int(chosen.sum()) for chosen in (in_time, late, refused, wrong))
     return Counts(ok, late_count, refused_count, len(results) - ok - late_count - refused_count - wrong_count, wrong_count)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import select
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -58,7 +58,7 @@ class Client:
 
     Every call that was started ends once: in what `exchange` returns, or by `give_up`. Calls take the connections in turn; when the
     server takes no more streams on any, they wait here, first come first served. A connection that is lost ends its calls as LOST
-    and is replaced.
+    and is replaced; `goodbyes` counts the reasons that servers gave.
     """
 
     def __init__(self, address: str, connections: int = 4) -> None:
@@ -74,6 +74,7 @@ class Client:
         self._ended: list[Ended] = []
         self._retry_at = 0.0
         self.reconnects = 0
+        self.goodbyes: Counter[str] = Counter()
         try:
             for _ in range(connections):
                 self._add(_connect(address))
@@ -172,7 +173,11 @@ class Client:
             ended = link.connection.receive(data)
         except BlockingIOError:
             return
-        except (OSError, ProtocolError):
+        except OSError:
+            self._lose(link)
+            return
+        except ProtocolError as error:
+            self.goodbyes[str(error)] += 1
             self._lose(link)
             return
         if ended:
@@ -187,6 +192,8 @@ class Client:
     def _retire(self, link: _Link) -> None:
         """No new calls for one that the server is closing; those under way may still end well."""
         if link in self._turns:
+            if link.connection.goodbye:
+                self.goodbyes[link.connection.goodbye] += 1
             self._replace(link)
         if not link.connection.streams:
             self._drop(link)

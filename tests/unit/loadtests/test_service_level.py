@@ -64,6 +64,8 @@ def test_failed_calls_have_no_latency() -> None:
         (0.15, Status.OK, "late"),
         (0.30, Status.DEADLINE_EXCEEDED, "late"),
         (0.30, Status.EXPIRED, "late"),
+        (0.30, 1, "late"),
+        (0.30, Status.LOST, "failed"),
         (0.01, Status.DEADLINE_EXCEEDED, "refused"),
         (0.01, Status.RESOURCE_EXHAUSTED, "refused"),
         (0.01, Status.UNAVAILABLE, "refused"),
