@@ -78,7 +78,7 @@ def draw(plot: Plot, colours: Mapping[str, int]) -> str:
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": plot.key}):
         figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_axes((0.1, 0.14, 0.66, 0.75))
+        axes = figure.add_axes((0.115, 0.14, 0.655, 0.75))
         axes.set_title(plot.title)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
@@ -86,6 +86,7 @@ def draw(plot: Plot, colours: Mapping[str, int]) -> str:
         for series in plot.series:
             _draw_series(axes, plot, series, colours[series.name])
         _set_limits(axes, plot)
+        _set_ticks(axes, plot)
         if plot.level is not None:
             axes.axhline(plot.level, color=INK, linewidth=1, alpha=0.6, linestyle=(0, (2, 2)), zorder=1)
         if plot.has_diagonal:
@@ -104,12 +105,9 @@ def _set_scales(axes: Axes, plot: Plot) -> None:
     for axis, has_log, set_scale in ((axes.xaxis, plot.has_log_x, axes.set_xscale), (axes.yaxis, plot.has_log_y, axes.set_yscale)):
         if has_log:
             set_scale("log")
-            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0), numticks=12))
             axis.set_minor_formatter(NullFormatter())
             axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: short_number(value)))
-    if plot.x_ticks:
-        axes.set_xticks(list(plot.x_ticks))
 
 
 def _draw_series(axes: Axes, plot: Plot, series: Series, colour: int) -> None:
@@ -138,6 +136,15 @@ def _set_limits(axes: Axes, plot: Plot) -> None:
     if high / low < 10:
         middle = float(np.sqrt(low * high))
         axes.set_ylim(middle / 10**0.5, middle * 10**0.5)
+
+
+def _set_ticks(axes: Axes, plot: Plot) -> None:
+    """On a logarithmic scale as many as have room: over few decades also twice and five times their beginnings."""
+    for axis, has_log, (low, high) in ((axes.xaxis, plot.has_log_x, axes.get_xlim()), (axes.yaxis, plot.has_log_y, axes.get_ylim())):
+        if has_log:
+            axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 2e3 else (1.0,), numticks=12))
+    if plot.x_ticks:
+        axes.set_xticks(list(plot.x_ticks))
 
 
 def _label_ends(axes: Axes, plot: Plot, colours: Mapping[str, int]) -> None:
