@@ -31,7 +31,7 @@ from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
-from headrace.rpc.transports.choice import open_transport
+from headrace.rpc.transports.choice import choose, open_transport
 from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
@@ -95,7 +95,7 @@ class Server:
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
-        log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
+        log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))
         await self._load()
 
     def _look_now(self) -> None:
@@ -158,7 +158,7 @@ class Server:
         self.models.announce_stop()
         self.services.close()
         await self._tasks.close()
-        # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
+        # The transport waits for the calls it has taken, which the models still serve.
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
         if self.http is not None:
