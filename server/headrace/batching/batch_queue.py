@@ -51,7 +51,6 @@ class BatchQueue:
         self.requests = 0
         self.left_rows = 0
         """Of all tickets that have left. With those that wait: all that came, counted once a batch instead of once a request."""
-        self.has_seen_deadlines = False
 
     def __repr__(self) -> str:
         return f"BatchQueue(rows={self.rows}, requests={self.requests}, lanes={len(self._lanes)})"
@@ -76,7 +75,6 @@ class BatchQueue:
         self.rows += ticket.rows
         self.requests += 1
         if ticket.expires != NEVER:
-            self.has_seen_deadlines = True
             heapq.heappush(self._expiries, (ticket.expires, sequence, ticket))
             if len(self._expiries) > 2 * self.requests + 64:
                 self._forget_expiries()
@@ -93,7 +91,7 @@ class BatchQueue:
         if table is None:
             count, rows = self._prefix(lane, self.limit)
         else:
-            count, rows = self._prefix_in_time(lane, table, now) if self._expiries else self._prefix(lane, self.limit)
+            count, rows = self._prefix_in_time(lane, table, now) if self.is_pressed(table, now) else self._prefix(lane, self.limit)
             fill = table.fill(rows)
             if fill < rows:
                 count, rows = self._prefix(lane, fill)
@@ -102,13 +100,17 @@ class BatchQueue:
             ticket.is_taken = True
         return tickets
 
+    def is_pressed(self, table: LatencyTable, now: float) -> bool:
+        """Whether anybody's deadline comes before the largest batch could be done."""
+        return self.next_expiry() < now + table.mean(self.limit)
+
     def drop_late(self, table: LatencyTable, now: float, sustaining: int = 1) -> list[Ticket]:
         """Take out the heads that cannot be answered in time, as long as others wait behind them.
 
         `sustaining`: also those that could be, but only in a batch of fewer rows than that, which does less than what comes (Nexus'
         window).
         """
-        if not self._expiries or not self._lanes:
+        if not self.is_pressed(table, now) or not self._lanes:
             return []
         key = self._most_urgent()
         lane = self._lanes[key]

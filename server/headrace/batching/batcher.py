@@ -160,10 +160,10 @@ class Batcher:
             raise _expired(ticket, self._name)
         forecast, queue = self._forecast, self._queue
         if now >= forecast.next_look:
-            self._count_arrivals(now)
+            self._look(now)
         if ticket.answer_by != NEVER:
             forecast.saw_deadline(ticket.answer_by - now)
-        if not self.latencies.is_known:
+        if not self.latencies.is_known or forecast.is_easy(ticket.expires - now, queue.rows):
             return
         start, answer = forecast.start_and_answer(now, self._free_at(now), queue.rows_ahead(ticket), queue.rows, ticket.rows)
         if (start <= ticket.expires and answer <= ticket.answer_by) or self._is_probe(ticket, now):
@@ -185,8 +185,8 @@ class Batcher:
         self._refusing_since = min(self._refusing_since, now)
         return now - self._refusing_since > PROBE_AFTER
 
-    def _count_arrivals(self, now: float) -> None:
-        self._forecast.count(self._queue.rows + self._queue.left_rows + self._refused_rows, now)
+    def _look(self, now: float) -> None:
+        self._forecast.look(self._instances, self._queue.rows + self._queue.left_rows + self._refused_rows, now)
 
     def _wake_one(self) -> None:
         with self._lock:
@@ -207,7 +207,8 @@ class Batcher:
             hopeless: list[Ticket] = []
             expired = self._queue.expire(now)
             ready_at = self._ready_at()
-            if ready_at <= now and self._queue.next_expiry() != NEVER:
+            due = self._queue.next_expiry()
+            if due != NEVER and ready_at <= now and self._queue.is_pressed(self.latencies, now):
                 hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
             is_full = ready_at <= now and self._queue.is_batch_full()
             rows = self._queue.rows
@@ -216,9 +217,13 @@ class Batcher:
                 # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
                 if instance not in self._idle:
                     self._idle.append(instance)
+                    self._instances = max(self._instances, len(self._running) + len(self._idle))
             else:
                 self._shard.record_dispatch(self._dispatch_reason(is_full))
-                self._begin(tickets, rows - self._queue.rows, now)
+                self._running[tickets[0]] = _Running(now, rows - self._queue.rows, due)
+                self._instances = max(self._instances, len(self._running))
+                if now >= self._forecast.next_look:
+                    self._look(now)
                 if instance in self._idle:
                     self._idle.remove(instance)
                 if self._idle and self._queue.requests:
@@ -228,15 +233,6 @@ class Batcher:
         if helper is not None:
             helper.wake()
         return tickets, ready_at
-
-    def _begin(self, tickets: list[Ticket], rows: int, now: float) -> None:
-        due = NEVER
-        if self._queue.has_seen_deadlines:
-            due = min([ticket.answer_by for ticket in tickets])
-        self._running[tickets[0]] = _Running(now, rows, due)
-        self._instances = max(self._instances, len(self._running))
-        if now >= self._forecast.next_look:
-            self._count_arrivals(now)
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:
@@ -276,7 +272,7 @@ class Batcher:
     def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float) -> None:
         batch = self._running.pop(tickets[0])
         if batch.due < now:
-            self._shard.record_drop(DropCause.LATE, sum([ticket.answer_by < now for ticket in tickets]))
+            self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
         if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
             self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now)
             self._queue.limit = self.latencies.worthwhile
@@ -402,6 +398,8 @@ def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
 
 
 class _Running(NamedTuple):
+    """`due`: no ticket of it is, before that."""
+
     began: float
     rows: int
     due: float

@@ -18,8 +18,8 @@ from headrace.batching.latency import LatencyTable
 
 NEVER = float("inf")
 RATE_WINDOW = 0.02
-"""Seconds between two looks at how many rows came; the rate follows over some ten of them."""
-RATE_TAU = 0.2
+"""Seconds between two looks at how many rows came; the rate follows over two or three of them, since a burst is over before ten."""
+RATE_TAU = 0.05
 SLACK_WEIGHT = 0.05
 """Of one request's time to its deadline in the usual one."""
 MARGIN = 200e-6
@@ -38,6 +38,8 @@ class Forecast:
         self._at = 0.0
         self.next_look = 0.0
         self._target = self._sustaining = 0
+        self.batch_seconds = self.row_seconds = 0.0
+        """Of a batch of the target size, and of a row in one: what comes later than two batches and all rows ahead needs no forecast."""
         self._target_until = 0.0
 
     def __repr__(self) -> str:
@@ -66,10 +68,21 @@ class Forecast:
         self._look(instances, now)
         return self._sustaining
 
+    def is_easy(self, slack: float, waiting: int) -> bool:
+        """Whether there is time enough by far, so that most requests cost no more than this. What it goes by is a look old."""
+        return slack > 2.0 * self.batch_seconds + waiting * self.row_seconds and bool(self._target)
+
+    def look(self, instances: int, rows: int, now: float) -> None:
+        """Every RATE_WINDOW: `rows` asked for since the beginning."""
+        self.count(rows, now)
+        self._look(instances, now)
+
     def _look(self, instances: int, now: float) -> None:
         if now >= self._target_until:
             self._target = self._find_target(instances)
             self._sustaining = self._find_sustaining(instances)
+            self.batch_seconds = self.table.upper(self.table.worthwhile) + MARGIN
+            self.row_seconds = self.table.upper(self._target) / self._target
             self._target_until = now + RATE_WINDOW
 
     def _find_sustaining(self, instances: int) -> int:

@@ -33,10 +33,13 @@ FIRST_SEEN = 8
 """Batches of a knot whose mean is its correction: the warm-up ran on made-up inputs, with nobody else on the core."""
 FRESH = 30.0
 """Seconds after which a correction that nothing confirmed is forgotten: one bad measurement must not rule a size out for good."""
+CALIBRATED = 3
+"""Batches of a knot before its estimate is good enough to tell what the device does."""
 OUTLIER = 10.0
 """Times the estimate: beyond it a batch tells of the machine and not of the model. Counted, and taken for this much."""
 CHANGED = 3
-"""Residuals in a row beyond FAR deviations after which the model itself has changed, and its past counts for little."""
+"""Residuals in a row beyond FAR deviations, over longer than the device's factor needs to explain them, after which the model itself
+has changed, and its past counts for little."""
 FAR = 4.0
 UPPER = 0.95
 """The quantile that `upper` follows."""
@@ -51,9 +54,11 @@ def worthwhile_batch(seconds: Mapping[int, float], max_batch_size: int) -> int:
     On a CPU many models do fewer rows a second the larger the batch, because the activations of a small one stay in the cache
     (magika: 154 at 1, 114 at 64). Nothing measured: the largest allowed.
     """
-    rates = {rows: rows / (took + BATCH_OVERHEAD) for rows, took in seconds.items()}
-    if not rates:
-        return max(max_batch_size, 1)
+    return _smallest_good({rows: took + BATCH_OVERHEAD for rows, took in seconds.items()}) if seconds else max(max_batch_size, 1)
+
+
+def _smallest_good(seconds: Mapping[int, float]) -> int:
+    rates = {rows: rows / took for rows, took in seconds.items()}
     best = max(rates.values())
     return min(rows for rows, rate in rates.items() if rate >= GOOD_ENOUGH * best)
 
@@ -112,8 +117,8 @@ class LatencyStats:
 class LatencyTable:
     """l(b) of one version, as it is now. Owns the corrections; whoever owns the table calls one method at a time.
 
-    `seconds`: what the warm-up measured, may be empty. `is_stepped`: batches are padded to one of those sizes. `before`: the table
-    of the version that this one follows, whose corrections hold for it too.
+    `seconds`: what the warm-up measured of the model alone, may be empty. `is_stepped`: batches are padded to one of those sizes.
+    `before`: the table of the version that this one follows, whose corrections hold for it too.
     """
 
     def __init__(
@@ -130,6 +135,7 @@ class LatencyTable:
         self._is_stepped = is_stepped
         self._outliers = self._observed = 0
         self._in_a_row = 0
+        self._far_since = 0.0
         self._spread = 0.1
         self._deviation = 0.05
         self.next_look = 0.0
@@ -144,7 +150,7 @@ class LatencyTable:
 
     def _set_prior(self, seconds: Mapping[int, float]) -> None:
         self._knots = sorted(seconds)
-        self._prior = [seconds[rows] for rows in self._knots]
+        self._prior = [seconds[rows] + BATCH_OVERHEAD for rows in self._knots]
         self._corrections = [1.0] * len(self._knots)
         self._counts = [0] * len(self._knots)
         self._seen = [0.0] * len(self._knots)
@@ -229,13 +235,29 @@ class LatencyTable:
             self._begin(rows, took)
         self._observed += 1
         self.next_look = now + OBSERVE_EVERY
-        ratio = took / (self._at(rows) * self._device.factor)
-        if ratio > OUTLIER:
+        knot = self._knot_of(rows)
+        count = self._counts[knot] if now - self._seen[knot] <= FRESH else 0
+        expected = self._at(rows) * self._device.factor
+        if count and took > OUTLIER * expected:
             self._outliers += 1
-            ratio = OUTLIER
+            took = OUTLIER * expected
+        if count >= CALIBRATED:
+            self._judge(took / expected, now)
+        own = took / (_interpolate(self._knots, self._prior, rows, self._is_stepped) * self._device.factor)
+        moved = self._weight(knot, count, now) * (own - self._corrections[knot])
+        self._corrections[knot] += moved
+        self._counts[knot] = count + 1
+        self._seen[knot] = now
+        if not count or abs(moved) > 0.02 * self._corrections[knot] or now >= self._rebuild_at:
+            self._rebuild(now)
+
+    def _judge(self, ratio: float, now: float) -> None:
+        """How far off estimates are that should be right, and whether that is the device's doing."""
         residual = ratio - 1.0
         distance = abs(residual)
         is_far = distance > FAR * self._deviation
+        if is_far and not self._in_a_row:
+            self._far_since = now
         self._in_a_row = self._in_a_row + 1 if is_far else 0
         if not is_far or self._in_a_row >= CHANGED:
             # A stray batch says nothing of the others' time, which three of them would.
@@ -244,30 +266,19 @@ class LatencyTable:
         # A quantile by small steps: at rest when 19 steps down make one step up.
         step = 0.2 * max(self._deviation, LEAST_SPREAD)
         self._spread = max(self._spread + (step * UPPER if residual > self._spread else step * (UPPER - 1.0)), LEAST_SPREAD)
-        self._correct(self._knot_of(rows), residual, now)
 
-    def _correct(self, knot: int, residual: float, now: float) -> None:
-        count = self._counts[knot]
+    def _weight(self, knot: int, count: int, now: float) -> float:
         elapsed = now - self._seen[knot]
-        if elapsed > FRESH:
-            count = 0
         weight = 1.0 / (count + 1) if count < FIRST_SEEN else min(elapsed / (elapsed + OWN_TAU), LONGEST_STEP)
-        if self._in_a_row >= CHANGED:
-            weight = max(weight, 0.5)
-        elif self._in_a_row:
-            weight = min(weight, LONGEST_STEP)
-        moved = weight * residual
-        self._corrections[knot] *= max(1.0 + moved, 0.1)
-        self._counts[knot] = count + 1
-        self._seen[knot] = now
-        if abs(moved) > 0.02 or now >= self._rebuild_at:
-            self._rebuild(now)
+        if self._in_a_row >= CHANGED and now - self._far_since > 2.0 * SHARED_TAU:
+            return max(weight, 0.5)
+        return weight
 
     def _begin(self, rows: int, took: float) -> None:
         """Nothing was measured at load: a first guess of the shape, half of it for the batch and half for its rows."""
         powers = [1 << power for power in range(self._max_rows.bit_length()) if 1 << power < self._max_rows]
         knots = sorted({*powers, self._max_rows, rows})
-        self._set_prior({size: took * (0.5 + 0.5 * size / rows) for size in knots})
+        self._set_prior({size: max(took * (0.5 + 0.5 * size / rows) - BATCH_OVERHEAD, 0.0) for size in knots})
 
     def _knot_of(self, rows: int) -> int:
         knots = self._knots
@@ -283,11 +294,11 @@ class LatencyTable:
         live = [index for index, count in enumerate(self._counts) if count and now - self._seen[index] <= FRESH]
         places = [float(index) for index in live]
         corrections = [self._corrections[index] for index in live]
-        self._values = isotonic([took * (_between(places, corrections, index) if live else 1.0) for index, took in enumerate(self._prior)])
-        self.worthwhile = worthwhile_batch(dict(zip(self._knots, self._values, strict=True)), self._max_rows)
+        self._values = levelled([took * (_between(places, corrections, index) if live else 1.0) for index, took in enumerate(self._prior)])
+        self.worthwhile = _smallest_good(dict(zip(self._knots, self._values, strict=True))) if self._knots else self._max_rows
 
 
-def isotonic(values: Sequence[float]) -> list[float]:
+def levelled(values: Sequence[float]) -> list[float]:
     """The nearest sequence that never falls: runs that fall become their mean."""
     blocks: list[tuple[float, int]] = []
     for value in values:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 from headrace.batching.batch_queue import NEVER, PATIENCE, BatchQueue
+from headrace.batching.latency import BATCH_OVERHEAD, LatencyTable
 from headrace.requests import Answer, Outlet, Reply, Ticket
 
 
@@ -15,8 +16,15 @@ class Sink:
 SINK: Outlet = Sink()  # type: ignore[assignment]
 
 
-def ticket(rows: int = 1, key: object = (), priority: int = 0, expires: float = NEVER, id: str = "") -> Ticket:
-    return Ticket(Reply(SINK), rows, key, (), (), id=id, priority=priority, expires=expires)  # type: ignore[arg-type]
+def ticket(rows: int = 1, key: object = (), priority: int = 0, expires: float = NEVER, id: str = "", answer_by: float = NEVER) -> Ticket:
+    expires = min(expires, answer_by)
+    return Ticket(Reply(SINK), rows, key, (), (), id=id, priority=priority, expires=expires, answer_by=answer_by)  # type: ignore[arg-type]
+
+
+def table(*, is_stepped: bool = False) -> LatencyTable:
+    """A second, and a tenth for each row."""
+    seconds = {rows: 1.0 + 0.1 * rows - BATCH_OVERHEAD for rows in (1, 2, 4, 8, 16)}
+    return LatencyTable(seconds, 16, is_stepped=is_stepped)
 
 
 def push_all(queue: BatchQueue, *tickets: Ticket) -> None:
@@ -118,11 +126,63 @@ def test_is_batch_full_when_the_next_one_does_not_fit() -> None:
     assert queue.is_batch_full()
 
 
+def test_a_batch_is_no_larger_than_its_earliest_deadline_lets_it_be() -> None:
+    queue = BatchQueue(limit=16)
+    tickets = [ticket(answer_by=11.55 + 0.1 * number) for number in range(10)]
+    push_all(queue, *tickets)
+    assert queue.take(table(), now=10.0) == tickets[:5]
+    assert queue.take(table(), now=10.0) == tickets[5:]
+
+
+def test_a_deadline_behind_the_head_is_not_broken_by_joining_a_batch_that_takes_too_long() -> None:
+    queue = BatchQueue(limit=16)
+    first, hurried, last = ticket(priority=-1, rows=4), ticket(answer_by=1.2), ticket()
+    push_all(queue, first, hurried, last)
+    assert queue.take(table(), now=0.0) == [first]
+    assert queue.take(table(), now=0.0) == [hurried, last]
+
+
+def test_a_head_that_cannot_be_answered_in_time_is_dropped_while_others_wait() -> None:
+    queue = BatchQueue(limit=16)
+    hopeless, other = ticket(answer_by=0.9), ticket(answer_by=5)
+    push_all(queue, hopeless, other)
+    assert queue.drop_late(table(), now=0.0) == [hopeless]
+    assert queue.drop_late(table(), now=4.5) == []
+    assert queue.take(table(), now=4.5) == [other]
+
+
+def test_heads_that_keep_the_batch_below_what_keeps_up_are_dropped() -> None:
+    queue = BatchQueue(limit=16)
+    hurried, others = [ticket(answer_by=1.15) for _ in range(2)], [ticket(answer_by=5) for _ in range(8)]
+    push_all(queue, *hurried, *others)
+    assert queue.drop_late(table(), now=0.0, sustaining=1) == []
+    assert queue.drop_late(table(), now=0.0, sustaining=8) == hurried
+    assert queue.take(table(), now=0.0) == others
+
+
+def test_of_restricted_batch_sizes_the_smaller_is_run_where_padding_costs_more() -> None:
+    queue = BatchQueue(limit=16)
+    push_all(queue, *[ticket() for _ in range(9)])
+    assert len(queue.take(table(is_stepped=True))) == 8
+    push_all(queue, *[ticket() for _ in range(14)])
+    assert len(queue.take(table(is_stepped=True))) == 15
+
+
+def test_rows_ahead_are_those_that_are_more_urgent() -> None:
+    queue = BatchQueue(limit=16)
+    push_all(queue, *[ticket(expires=0.1 * number) for number in range(1, 9)], ticket(key="other", expires=0.05))
+    assert queue.rows_ahead(ticket(expires=0.35)) == 4
+    assert queue.rows_ahead(ticket(priority=-1)) == 0
+    assert queue.rows_ahead(ticket()) == 9
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
     print("seed", seed)
     rng = random.Random(seed)
     queue = BatchQueue(limit=rng.choice([1, 4, 8]), max_queue_rows=0)
+    known = rng.choice([None, table(), table(is_stepped=True)])
+    pushed = 0
     waiting: list[Ticket] = []
     left: list[Ticket] = []
     now = 0.0
@@ -131,8 +191,10 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
         action = rng.random()
         if action < 0.5:
             expires = now + rng.random() * 8 if rng.random() < 0.4 else NEVER
-            new = ticket(rng.randint(1, 4), rng.choice("xyz"), rng.randint(0, 2), expires)
+            answer_by = now + rng.random() * 8 if rng.random() < 0.4 else NEVER
+            new = ticket(rng.randint(1, 4), rng.choice("xyz"), rng.randint(0, 2), expires, answer_by=answer_by)
             new.enqueued = now
+            pushed += new.rows
             queue.push(new)
             waiting.append(new)
         elif action < 0.65 and waiting:
@@ -145,8 +207,13 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
             assert set(gone) == {t for t in waiting if t.expires <= now}
             waiting = [t for t in waiting if t not in gone]
             left += gone
+        elif action < 0.85 and known is not None:
+            dropped = queue.drop_late(known, now, rng.randint(1, 8))
+            assert not dropped or len(dropped) < len(waiting)
+            waiting = [t for t in waiting if t not in dropped]
+            left += dropped
         else:
-            batch = queue.take()
+            batch = queue.take(known, now)
             assert bool(batch) == bool(waiting)
             if batch:
                 urgency = [(t.priority, min(t.expires, t.enqueued + PATIENCE)) for t in waiting]
@@ -156,6 +223,7 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
             waiting = [t for t in waiting if t not in batch]
             left += batch
         assert queue.rows == sum(t.rows for t in waiting)
+        assert queue.rows + queue.left_rows == pushed
         assert queue.requests == len(waiting)
     left += queue.clear()
     assert len(left) == len(set(map(id, left)))

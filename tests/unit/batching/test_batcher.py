@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 
 import pytest
 from headrace.batching.batch_queue import NEVER
-from headrace.batching.batcher import Batcher
+from headrace.batching.batcher import PROBE_AFTER, Batcher
 from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig
 from headrace.errors import BackendError, Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Reply, Ticket
-from headrace.telemetry.counters import FailureReason, VersionCounters
+from headrace.telemetry.counters import DropCause, FailureReason, VersionCounters
 from headrace.testing import CollectingOutlet
 
 NOTHING: Mapping[int, float] = {}
@@ -171,6 +171,99 @@ def test_refusals_while_draining_do_not_pile_up_in_one_exception() -> None:
             world.submit("late")
         depths.append(len(caught.traceback))
     assert depths == depths[:1] * 5
+
+
+def busy(world: World) -> list[Ticket]:
+    """The only instance runs a batch of one row."""
+    world.submit("running")
+    tickets, _ = world.batcher.take(FakeInstance())
+    return tickets
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_says_why() -> None:
+    world = World(seconds=LINEAR)
+    busy(world)
+    with pytest.raises(QueueTimeout, match="expected within 700 ms, foreseen in 1"):
+        world.submit("slow", answer_by=0.7)
+    with pytest.raises(DeadlineExceeded, match="cannot be answered in time by m:1"):
+        world.submit("slow", deadline=0.7, answer_by=0.7)
+    assert world.batcher.pending_requests == 0
+    assert world.counters.snapshot().drops[DropCause.REFUSED] == 2
+    assert world.counters.snapshot().failures[FailureReason.REJECTED] == 2
+
+
+def test_a_request_that_need_only_start_in_time_is_not_refused_for_how_long_it_takes() -> None:
+    world = World(seconds=LINEAR)
+    world.submit("short", expires=0.1)
+    busy(world)
+    with pytest.raises(QueueTimeout, match="cannot be started in time"):
+        world.submit("late", expires=0.1)
+
+
+def test_requests_without_a_deadline_are_queued_however_long_it_takes() -> None:
+    world = World(seconds=LINEAR)
+    busy(world)
+    for number in range(1000):
+        world.submit(str(number))
+    assert world.batcher.pending_requests == 1000
+
+
+def test_what_batches_take_is_learnt_and_failed_ones_teach_nothing() -> None:
+    world = World(seconds=LINEAR)
+    for answer in (BackendError("boom"), b""):
+        before = world.batcher.latencies.mean(1)
+        tickets = busy(world)
+        world.advance(2.0)
+        world.batcher.settle(tickets, [answer])
+        assert (world.batcher.latencies.mean(1) > 1.5 * before) == (answer == b"")
+
+
+def test_refusals_end_by_themselves_when_the_model_is_fast_again() -> None:
+    world = World(seconds=LINEAR)
+    tickets = busy(world)
+    world.advance(4.0)
+    world.batcher.settle(tickets, [b""])
+    for _ in range(2):
+        with pytest.raises(QueueTimeout):
+            world.submit("fair", answer_by=world.now + 1.0)
+    world.advance(PROBE_AFTER + 0.1)
+    world.submit("fair", answer_by=world.now + 1.0)
+
+
+def test_a_deadline_shorter_than_the_model_ever_was_is_never_tried() -> None:
+    world = World(seconds=LINEAR)
+    for _ in range(5):
+        with pytest.raises(QueueTimeout):
+            world.submit("vain", answer_by=world.now + 0.1)
+        world.advance(2 * PROBE_AFTER)
+
+
+def test_what_became_hopeless_in_the_queue_is_answered_and_does_not_hold_up_the_rest() -> None:
+    world = World(seconds=LINEAR)
+    running = busy(world)
+    hopeless, other = world.submit("hopeless", answer_by=1.5), world.submit("other")
+    world.advance(1.2)
+    world.batcher.settle(running, [b""])
+    assert world.batcher.take(FakeInstance())[0] == [other]
+    assert isinstance(world.outlet.answers[hopeless.reply], QueueTimeout)
+    assert world.counters.snapshot().drops[DropCause.HOPELESS] == 1
+
+
+def test_answers_after_their_deadline_are_given_and_counted() -> None:
+    world = World(seconds=LINEAR)
+    late = world.submit("late", answer_by=0.7)
+    tickets, _ = world.batcher.take(FakeInstance())
+    world.advance(0.8)
+    world.batcher.settle(tickets, [b"answer"])
+    assert world.outlet.answers[late.reply] == b"answer"
+    assert world.counters.snapshot().drops[DropCause.LATE] == 1
+
+
+def test_the_queue_delay_ends_when_another_request_could_no_longer_join_in_time() -> None:
+    world = World(seconds=LINEAR, max_queue_delay=10.0)
+    world.submit("due", answer_by=3.0)
+    _, until = world.batcher.take(FakeInstance())
+    assert until == pytest.approx(3.0 - world.batcher.latencies.upper(2), abs=0.01)
 
 
 @pytest.mark.parametrize("seed", range(60))
