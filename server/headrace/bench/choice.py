@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -198,7 +199,8 @@ def _best(setup: Setup, sizes: Mapping[int, Sequence[Sample]]) -> Best:
 
 
 def _within(sizes: Mapping[int, Sequence[Sample]], slo: float) -> dict[int, Sequence[Sample]]:
-    return {rows: samples for rows, samples in sizes.items() if not slo or _p95(sizes, rows) <= slo}
+    """Those up to the first that takes longer: if a larger one seemed quicker, that was noise."""
+    return dict(itertools.takewhile(lambda each: not slo or _p95(sizes, each[0]) <= slo, sorted(sizes.items())))
 
 
 def _p95(sizes: Mapping[int, Sequence[Sample]], rows: int) -> float:

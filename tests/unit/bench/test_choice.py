@@ -80,6 +80,11 @@ def test_within_an_slo_only_what_keeps_it_counts() -> None:
     assert choice.reasons[1] == "max_batch_size 1: 2 rows take 14.4 ms; requests of more rows will be refused"
 
 
+def test_a_batch_is_within_an_slo_only_if_all_smaller_ones_are() -> None:
+    choice = decide({ONE: {1: 5.0, 2: 9.0, 4: 30.0, 8: 16.0}}, Settings(ONE, 8), slo=20e-3)
+    assert choice.settings.max_batch_size == 2
+
+
 def test_a_setup_that_cannot_keep_the_slo_gives_way_whatever_it_does() -> None:
     choice = decide({WIDE: {1: 5.0}, TWO: {1: 8.0}}, Settings(TWO, 1), slo=8e-3)
     assert choice.settings.setup == WIDE
