@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtests.comparison import ECHO
 from loadtests.process import ServerProcess, free_port
 
 HEADRACE = (
@@ -26,6 +27,8 @@ class Contestant:
 
     name: str
     command: str
+    is_echo: bool = False
+    """Infers nothing, so that its answers are not a model's and it counts no batches."""
 
     def server(self, repository: Path, model: str, *, cores: Sequence[int], log: Path, max_batch: int = 64) -> ServerProcess:
         """Not yet started; enter it."""
@@ -49,6 +52,12 @@ def headrace(transport: str | None = None) -> Contestant:
     return Contestant(f"headrace-{transport}", f"{HEADRACE} --transport {transport}")
 
 
+def echo(transport: str, mode: str = "empty") -> Contestant:
+    """The server of `loadtests.echo`."""
+    command = f"{shlex.quote(sys.executable)} -m loadtests.echo {transport} --address 127.0.0.1:{{port}} --mode {mode}"
+    return Contestant(f"{ECHO}{transport}", command, is_echo=True)
+
+
 def triton_peer(script: str) -> Contestant:
     """Triton with its Python backend running ONNX Runtime, by a script that takes MODEL FILE MAX_BATCH PORT."""
     return Contestant("triton", f"bash {shlex.quote(script)} {{model}} {{onnx}} {{max_batch}} {{port}}")
@@ -65,6 +74,19 @@ def add_contestant_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         help="measure headrace on this transport, repeatable (default: its own choice)",
+    )
+    parser.add_argument(
+        "--echo",
+        action="append",
+        default=[],
+        choices=["native", "grpcio"],
+        help="measure a server that infers nothing on this transport, repeatable",
+    )
+    parser.add_argument(
+        "--echo-mode",
+        default="empty",
+        choices=["empty", "tensor"],
+        help="what it answers: nothing, or the tensors it was sent (default: empty)",
     )
     parser.add_argument(
         "--triton",
@@ -84,6 +106,7 @@ def add_contestant_arguments(parser: argparse.ArgumentParser) -> None:
 
 def selected_contestants(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Contestant]:
     contestants = [] if arguments.without_headrace else [headrace(transport) for transport in arguments.transport or [None]]
+    contestants += [echo(transport, arguments.echo_mode) for transport in arguments.echo]
     if arguments.triton:
         contestants.append(triton_peer(arguments.triton))
     for argument in arguments.contestant:

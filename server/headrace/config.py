@@ -88,6 +88,11 @@ class ServerConfig:
         2 << 30, "Messages that wait for their answers, on the native transport and per listener; beyond it requests are refused at once.",
         minimum=1024,
     )  # fmt: skip
+    client_shared_memory: bool = _option(
+        False,
+        "Clients on this machine may leave tensors in system shared memory. Off: whoever reaches the port could have the server read "
+        "and write every shared memory object that its user may.",
+    )
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")
@@ -149,7 +154,17 @@ class BatchingConfig:
     default_timeout: float = _option(
         0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0
     )
-    allow_timeout_override: bool = _option(True, "Whether a request's `timeout` parameter may lower it.")
+    allow_timeout_override: bool = _option(
+        True, "Whether a request may set a `timeout` of its own, by which it wants its answer; it can only be shorter."
+    )
+    slo: float = _option(
+        0.0,
+        "Time within which each request is to be answered, from its arrival. One that cannot be, by what batches are seen to take, is "
+        "refused (UNAVAILABLE) as soon as that is known, so that the others can. 0: none.",
+        key="slo_ms",
+        scale=1e-3,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         if self.default_priority_level > self.priority_levels:

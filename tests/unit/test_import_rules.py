@@ -13,13 +13,14 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests",),
-    ("headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
+    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
     ("headrace.config",),
     ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
     (
         "headrace.batching.batch_queue",
         "headrace.batching.assemble",
         "headrace.batching.latency",
+        "headrace.batching.forecast",
         "headrace.batching.screening",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
@@ -60,7 +61,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
-        "headrace.batching.together",
         "headrace.sources.publish",
     ),
     (
@@ -88,8 +88,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy",
-    "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
+    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from headrace.errors import InvalidRequest
-from headrace.requests import InferRequest, InputTensor, RequestedOutput
+from headrace.requests import InferRequest, InputTensor, Likeness, RequestedOutput
 from headrace.signature import DataType, Signature, TensorSpec
 
 FP32 = DataType.FP32
@@ -82,3 +82,23 @@ def test_refusals_say_what_was_expected_and_what_came(given: InferRequest, text:
 def test_a_model_without_optional_inputs_states_one_number() -> None:
     with pytest.raises(InvalidRequest, match="expected 1 inputs but got 0 inputs for model 'm'"):
         LITERAL.validate(request())
+
+
+def test_what_was_learnt_of_a_request_holds_for_those_like_it_and_for_this_signature_only() -> None:
+    likeness = Likeness()
+    loose = Signature("m", (TensorSpec("x", DataType.FP32, (-1, 4)),), (TensorSpec("y", DataType.FP32, (-1, 4)),), 8)
+    strict = Signature("m", (TensorSpec("x", DataType.FP32, (-1, 5)),), (TensorSpec("y", DataType.FP32, (-1, 4)),), 8)
+    first, second = [InferRequest("m", "", "", [InputTensor("x", "FP32", (2, 4), bytes(32))], likeness=likeness) for _ in range(2)]
+    for request in (first, second):
+        admission = loose.validate(request)
+        assert (admission.rows, admission.inputs) == (2, (request.inputs[0],))
+        with pytest.raises(InvalidRequest, match="unexpected shape"):
+            strict.validate(request)
+
+
+def test_a_request_like_another_has_its_inputs_put_in_order_too() -> None:
+    likeness = Likeness()
+    signature = Signature("m", (TensorSpec("a", DataType.FP32, (-1,)), TensorSpec("b", DataType.FP32, (-1,))), (), 8)
+    for _ in range(2):
+        b, a = InputTensor("b", "FP32", (2,), bytes(8)), InputTensor("a", "FP32", (2,), bytes(8))
+        assert signature.validate(InferRequest("m", "", "", [b, a], likeness=likeness)).inputs == (a, b)

@@ -4,7 +4,9 @@ Theory of operation. Tickets of equal key can share a batch, so there is one lan
 arrival). Due is when a ticket expires, but no later than PATIENCE after it came: by expiry alone, one client without a deadline
 would wait for ever beside others who have one and keep the model busy. Most traffic has one priority and one timeout, so a new
 ticket nearly always belongs at the end of its lane: an append; only the others pay for a binary search. A batch is a prefix of
-the lane whose head is the most urgent of all heads.
+the lane whose head is the most urgent of all heads: as many rows as are worth it (`limit`), and where somebody has a deadline no
+more than let each of them be answered by it. Heads that cannot be are taken out while others wait, `drop_late`: run all the same,
+they would make those late too.
 Rules for changing this file: rows are what is bounded and batched, never requests; a ticket leaves in exactly one of `take`,
 `remove`, `expire` and `clear`, and the random walks in tests/unit/batching hold that.
 """
@@ -17,11 +19,14 @@ import itertools
 from collections.abc import Hashable
 from dataclasses import dataclass
 
+from headrace.batching.latency import LatencyTable
 from headrace.requests import Ticket
 
 NEVER = float("inf")
 PATIENCE = 1.0
 """Seconds after which a ticket has waited long enough to run before newer ones that expire soon."""
+_LANES_LOOKED_AT = 16
+"""For an estimate of what is ahead; a model with free dimensions has as many lanes as there are lengths."""
 _Entry = tuple[int, float, int, Ticket]
 
 
@@ -35,14 +40,18 @@ class QueueStats:
 class BatchQueue:
     """The waiting tickets of one model version. Owned by its batcher."""
 
-    def __init__(self, max_batch_rows: int, max_queue_rows: int = 0) -> None:
-        self._max_batch_rows = max_batch_rows
+    def __init__(self, limit: int, max_queue_rows: int = 0) -> None:
+        self.limit = limit
+        """Rows beyond which another request is not added to a batch. May change at any time."""
         self._max_queue_rows = max_queue_rows
         self._lanes: dict[Hashable, list[_Entry]] = {}
         self._expiries: list[tuple[float, int, Ticket]] = []
         self._sequence = itertools.count()
         self.rows = 0
         self.requests = 0
+        self.left_rows = 0
+        """Of all tickets that have left. With those that wait: all that came, counted once a batch instead of once a request."""
+        self.has_seen_deadlines = False
 
     def __repr__(self) -> str:
         return f"BatchQueue(rows={self.rows}, requests={self.requests}, lanes={len(self._lanes)})"
@@ -67,36 +76,94 @@ class BatchQueue:
         self.rows += ticket.rows
         self.requests += 1
         if ticket.expires != NEVER:
+            self.has_seen_deadlines = True
             heapq.heappush(self._expiries, (ticket.expires, sequence, ticket))
             if len(self._expiries) > 2 * self.requests + 64:
                 self._forget_expiries()
 
-    def take(self) -> list[Ticket]:
-        """The most urgent batch, at most `max_batch_rows` rows but at least one ticket; empty when nobody waits."""
+    def take(self, table: LatencyTable | None = None, now: float = 0.0) -> list[Ticket]:
+        """The most urgent batch, at most `limit` rows but at least one ticket; empty when nobody waits.
+
+        With a table: no more rows than let it end by the earliest deadline in it, and of restricted sizes the one that pays.
+        """
         if not self._lanes:
             return []
-        lanes = self._lanes
-        key = next(iter(lanes)) if len(lanes) == 1 else min(lanes, key=lambda k: lanes[k][0])
-        lane = lanes[key]
-        count, rows = self._prefix(lane)
-        tickets = [entry[3] for entry in lane[:count]]
-        if count == len(lane):
-            del lanes[key]
+        key = self._most_urgent()
+        lane = self._lanes[key]
+        if table is None:
+            count, rows = self._prefix(lane, self.limit)
         else:
-            del lane[:count]
+            count, rows = self._prefix_in_time(lane, table, now) if self._expiries else self._prefix(lane, self.limit)
+            fill = table.fill(rows)
+            if fill < rows:
+                count, rows = self._prefix(lane, fill)
+        tickets = self._cut(key, count, rows)
         for ticket in tickets:
             ticket.is_taken = True
-        self.rows -= rows
-        self.requests -= count
         return tickets
+
+    def drop_late(self, table: LatencyTable, now: float, sustaining: int = 1) -> list[Ticket]:
+        """Take out the heads that cannot be answered in time, as long as others wait behind them.
+
+        `sustaining`: also those that could be, but only in a batch of fewer rows than that, which does less than what comes (Nexus'
+        window).
+        """
+        if not self._expiries or not self._lanes:
+            return []
+        key = self._most_urgent()
+        lane = self._lanes[key]
+        count = 0
+        while count < len(lane) and count + 1 < self.requests and lane[count][3].answer_by < now + table.mean(lane[count][3].rows):
+            count += 1
+        count = self._window(lane, count, table, now, sustaining)
+        return self._cut(key, count, sum([entry[3].rows for entry in lane[:count]])) if count else []
+
+    def _window(self, lane: list[_Entry], start: int, table: LatencyTable, now: float, sustaining: int) -> int:
+        """How many heads to drop, `start` of them at least."""
+        rest = lane[start : start + sustaining]
+        wanted = min(sustaining, self.limit, sum([entry[3].rows for entry in rest]))
+        _, rows = self._prefix_in_time(rest, table, now)
+        if rows >= wanted:
+            return start
+        until = now + table.mean(wanted)
+        while start + 1 < len(lane) and lane[start][3].answer_by < until:
+            start += 1
+        return start
+
+    def rows_ahead(self, ticket: Ticket) -> int:
+        """Rows that would run before a ticket that is not queued yet; an estimate where requests differ in rows."""
+        if not self.requests:
+            return 0
+        entry = (ticket.priority, _due(ticket), NEVER)
+        lanes = self._lanes.values()
+        ahead = sum([bisect.bisect_right(lane, entry) for lane in itertools.islice(lanes, _LANES_LOOKED_AT)])
+        if len(lanes) > _LANES_LOOKED_AT:
+            ahead = ahead * len(lanes) // _LANES_LOOKED_AT
+        return ahead * self.rows // self.requests
 
     def is_batch_full(self) -> bool:
         """Whether waiting longer could not add to the most urgent batch."""
-        lane = min(self._lanes.values(), key=lambda lane: lane[0], default=None)
-        if lane is None:
+        if not self._lanes:
             return False
-        count, rows = self._prefix(lane)
-        return rows >= self._max_batch_rows or count < len(lane)
+        lane = self._lanes[self._most_urgent()]
+        count, rows = self._prefix(lane, self.limit)
+        return rows >= self.limit or count < len(lane)
+
+    def _most_urgent(self) -> Hashable:
+        lanes = self._lanes
+        return next(iter(lanes)) if len(lanes) == 1 else min(lanes, key=lambda key: lanes[key][0])
+
+    def _cut(self, key: Hashable, count: int, rows: int) -> list[Ticket]:
+        lane = self._lanes[key]
+        tickets = [entry[3] for entry in lane[:count]]
+        if count == len(lane):
+            del self._lanes[key]
+        else:
+            del lane[:count]
+        self.rows -= rows
+        self.left_rows += rows
+        self.requests -= count
+        return tickets
 
     def oldest_enqueued(self) -> float:
         """When the longest-waiting head was enqueued; NEVER when empty."""
@@ -118,6 +185,7 @@ class BatchQueue:
         if not lane:
             del self._lanes[ticket.key]
         self.rows -= ticket.rows
+        self.left_rows += ticket.rows
         self.requests -= 1
         return True
 
@@ -146,13 +214,34 @@ class BatchQueue:
         tickets = [entry[3] for lane in self._lanes.values() for entry in lane]
         self._lanes.clear()
         self._expiries.clear()
+        self.left_rows += self.rows
         self.rows = self.requests = 0
         return tickets
 
-    def _prefix(self, lane: list[_Entry]) -> tuple[int, int]:
+    def _prefix_in_time(self, lane: list[_Entry], table: LatencyTable, now: float) -> tuple[int, int]:
+        """Of a lane that may be empty: the most that ends by the earliest deadline in it; the first one whatever it has."""
+        rows = count = 0
+        limit = self.limit
+        earliest = NEVER
+        for entry in lane:
+            ticket = entry[3]
+            if ticket.answer_by < earliest:
+                within = min(table.rows_within(ticket.answer_by - now), limit)
+                if count and rows + ticket.rows > within:
+                    break
+                earliest, limit = ticket.answer_by, within
+            if count and rows + ticket.rows > limit:
+                break
+            rows += ticket.rows
+            count += 1
+        return count, rows
+
+    @staticmethod
+    def _prefix(lane: list[_Entry], limit: int) -> tuple[int, int]:
+        if not lane:
+            return 0, 0
         rows = lane[0][3].rows
         count = 1
-        limit = self._max_batch_rows
         while count < len(lane) and rows < limit:
             more = lane[count][3].rows
             if rows + more > limit:

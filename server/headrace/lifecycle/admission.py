@@ -1,4 +1,8 @@
-"""From a request and its call to a ticket: validation, priority and the time after which nobody wants the answer. Pure."""
+"""From a request and its call to a ticket: validation, priority and the time after which nobody wants the answer. Pure.
+
+A deadline is the smallest of the call's, the `timeout` that the request names and the model's slo. The model's default_timeout is
+Triton's, which bounds the queue alone: a configuration that works there has it far below what a batch takes.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.requests import InferRequest, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import Signature
+from headrace.wire.shared_memory import REGION
 
 NEVER = float("inf")
 _KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "triton_final_response"})
@@ -17,14 +22,16 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
     for output in request.outputs:
         _check_output_parameters(output)
     priority = batching.default_priority_level
-    expires = reply.deadline if reply.deadline is not None else NEVER
-    timeout = batching.default_timeout
+    answer_by = reply.deadline if reply.deadline is not None else NEVER
+    if batching.slo:
+        answer_by = min(answer_by, arrived + batching.slo)
     if request.parameters:
         _check_reserved(request.parameters)
         priority = _priority(request.parameters, batching)
         timeout = _timeout(request.parameters, batching)
-    if timeout:
-        expires = min(expires, arrived + timeout)
+        if timeout:
+            answer_by = min(answer_by, arrived + timeout)
+    expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
     return Ticket(
         reply,
         admission.rows,
@@ -34,17 +41,19 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
         id=request.id,
         priority=priority,
         expires=expires,
+        answer_by=answer_by,
         arrived=arrived,
         is_bound=bool(request.version),
+        destinations=request.destinations,
     )
 
 
 def _check_output_parameters(output: RequestedOutput) -> None:
     """Ignoring what a client asks of an output would give it another tensor than it expects."""
     if "classification" in output.parameters:
+        if REGION in output.parameters:
+            raise InvalidRequest(f"output '{output.name}': expected 'classification' or '{REGION}', got both")
         raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
-    if "shared_memory_region" in output.parameters:
-        raise Unsupported(f"output '{output.name}': Client shared memory is disabled on this server; leave the region out")
 
 
 def _check_reserved(parameters: Parameters) -> None:
@@ -64,13 +73,9 @@ def _priority(parameters: Parameters, batching: BatchingConfig) -> int:
 
 
 def _timeout(parameters: Parameters, batching: BatchingConfig) -> float:
-    """The `timeout` parameter in microseconds lowers the model's default; without a default it stands alone.
-
-    Triton ignores it where the model has no default timeout; its users keep asking why (server issue 7532).
-    """
+    """The `timeout` parameter in microseconds, as seconds; 0: none. The protocol: a request that cannot be completed within it may
+    be ended. Triton ignores it where the model has no default timeout; its users keep asking why (server issue 7532)."""
     given = parameters.get("timeout", 0)
     if isinstance(given, bool) or not isinstance(given, int) or given < 0:
         raise InvalidRequest(f"parameter 'timeout': expected microseconds as an integer >= 0, got {given!r}")
-    if not given or not batching.allow_timeout_override:
-        return batching.default_timeout
-    return min(given / 1e6, batching.default_timeout or NEVER)
+    return given / 1e6 if batching.allow_timeout_override else 0.0

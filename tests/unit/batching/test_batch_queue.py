@@ -25,7 +25,7 @@ def push_all(queue: BatchQueue, *tickets: Ticket) -> None:
 
 
 def test_takes_rows_up_to_the_limit_not_requests() -> None:
-    queue = BatchQueue(max_batch_rows=4)
+    queue = BatchQueue(limit=4)
     a, b, c = ticket(3), ticket(1), ticket(1)
     push_all(queue, a, b, c)
     assert queue.take() == [a, b]
@@ -34,7 +34,7 @@ def test_takes_rows_up_to_the_limit_not_requests() -> None:
 
 
 def test_a_request_that_does_not_fit_waits_for_the_next_batch_and_is_not_overtaken() -> None:
-    queue = BatchQueue(max_batch_rows=4)
+    queue = BatchQueue(limit=4)
     a, big, c = ticket(3), ticket(4), ticket(1)
     push_all(queue, a, big, c)
     assert queue.take() == [a]
@@ -42,7 +42,7 @@ def test_a_request_that_does_not_fit_waits_for_the_next_batch_and_is_not_overtak
 
 
 def test_priority_comes_before_deadline_and_deadline_before_arrival() -> None:
-    queue = BatchQueue(max_batch_rows=1)
+    queue = BatchQueue(limit=1)
     late, soon, urgent, never = ticket(expires=0.9), ticket(expires=0.5), ticket(priority=-1, expires=20), ticket()
     push_all(queue, never, late, soon, urgent)
     assert [queue.take()[0] for _ in range(4)] == [urgent, soon, late, never]
@@ -50,7 +50,7 @@ def test_priority_comes_before_deadline_and_deadline_before_arrival() -> None:
 
 @pytest.mark.parametrize("deadline", [0.3, 30.0])
 def test_a_request_without_deadline_does_not_starve_beside_others_that_have_one(deadline: float) -> None:
-    queue = BatchQueue(max_batch_rows=1)
+    queue = BatchQueue(limit=1)
     patient = ticket()
     queue.push(patient)
     for step in range(1, 200):
@@ -65,7 +65,7 @@ def test_a_request_without_deadline_does_not_starve_beside_others_that_have_one(
 
 
 def test_different_keys_never_share_a_batch() -> None:
-    queue = BatchQueue(max_batch_rows=8)
+    queue = BatchQueue(limit=8)
     a, b, c = ticket(key="x"), ticket(key="y"), ticket(key="x")
     push_all(queue, a, b, c)
     assert queue.take() == [a, c]
@@ -73,7 +73,7 @@ def test_different_keys_never_share_a_batch() -> None:
 
 
 def test_the_bound_counts_rows_and_an_empty_queue_takes_anything() -> None:
-    queue = BatchQueue(max_batch_rows=8, max_queue_rows=4)
+    queue = BatchQueue(limit=8, max_queue_rows=4)
     assert not queue.is_full_for(8)
     queue.push(ticket(3))
     assert queue.is_full_for(2)
@@ -81,7 +81,7 @@ def test_the_bound_counts_rows_and_an_empty_queue_takes_anything() -> None:
 
 
 def test_expire_takes_out_exactly_those_whose_time_has_passed() -> None:
-    queue = BatchQueue(max_batch_rows=8)
+    queue = BatchQueue(limit=8)
     a, b, c = ticket(expires=1), ticket(expires=2), ticket(expires=3)
     push_all(queue, c, a, b)
     assert queue.expire(2) == [a, b]
@@ -91,7 +91,7 @@ def test_expire_takes_out_exactly_those_whose_time_has_passed() -> None:
 
 
 def test_tickets_that_left_are_not_kept_until_their_far_deadline() -> None:
-    queue = BatchQueue(max_batch_rows=1)
+    queue = BatchQueue(limit=1)
     for number in range(10_000):
         queue.push(ticket(expires=1e9 + number))
         queue.take()
@@ -99,7 +99,7 @@ def test_tickets_that_left_are_not_kept_until_their_far_deadline() -> None:
 
 
 def test_remove_knows_a_taken_ticket_from_a_queued_one() -> None:
-    queue = BatchQueue(max_batch_rows=1)
+    queue = BatchQueue(limit=1)
     a, b = ticket(), ticket()
     push_all(queue, a, b)
     queue.take()
@@ -110,7 +110,7 @@ def test_remove_knows_a_taken_ticket_from_a_queued_one() -> None:
 
 
 def test_is_batch_full_when_the_next_one_does_not_fit() -> None:
-    queue = BatchQueue(max_batch_rows=4)
+    queue = BatchQueue(limit=4)
     assert not queue.is_batch_full()
     queue.push(ticket(3))
     assert not queue.is_batch_full()
@@ -122,7 +122,7 @@ def test_is_batch_full_when_the_next_one_does_not_fit() -> None:
 def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
     print("seed", seed)
     rng = random.Random(seed)
-    queue = BatchQueue(max_batch_rows=rng.choice([1, 4, 8]), max_queue_rows=0)
+    queue = BatchQueue(limit=rng.choice([1, 4, 8]), max_queue_rows=0)
     waiting: list[Ticket] = []
     left: list[Ticket] = []
     now = 0.0
@@ -152,7 +152,7 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
                 urgency = [(t.priority, min(t.expires, t.enqueued + PATIENCE)) for t in waiting]
                 assert urgency[waiting.index(batch[0])] == min(urgency)
                 assert len({t.key for t in batch}) == 1
-                assert len(batch) == 1 or sum(t.rows for t in batch) <= queue._max_batch_rows
+                assert len(batch) == 1 or sum(t.rows for t in batch) <= queue.limit
             waiting = [t for t in waiting if t not in batch]
             left += batch
         assert queue.rows == sum(t.rows for t in waiting)

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
+from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
+from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig
 from headrace.errors import BackendError, Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Reply, Ticket
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.testing import CollectingOutlet
 
+NOTHING: Mapping[int, float] = {}
+LINEAR = {1: 0.5, 2: 0.6, 4: 0.8, 8: 1.2}
+
 
 class World:
     """A batcher with a clock and a timer that the test turns by hand."""
 
-    def __init__(self, batch_limit: int = 8, **config: object) -> None:
+    def __init__(self, batch_limit: int = 8, seconds: Mapping[int, float] = NOTHING, **config: object) -> None:
         self.now = 0.0
         self.timer: tuple[float, Callable[[], None]] | None = None
         self.outlet = CollectingOutlet()
@@ -25,7 +30,7 @@ class World:
         self.batcher = Batcher(
             "m:1",
             BatchingConfig(**config),  # type: ignore[arg-type]
-            batch_limit=batch_limit,
+            latencies=LatencyTable(seconds, batch_limit),
             clock=lambda: self.now,
             timer=self.set_timer,
             shard=self.counters.shard(),
@@ -41,8 +46,18 @@ class World:
             self.timer = None
             callback()
 
-    def submit(self, id: str, rows: int = 1, key: object = (), expires: float = float("inf"), deadline: float | None = None) -> Ticket:
-        ticket = Ticket(Reply(self.outlet, deadline), rows, key, (), (), id=id, expires=expires)  # type: ignore[arg-type]
+    def submit(
+        self,
+        id: str,
+        rows: int = 1,
+        key: object = (),
+        expires: float = NEVER,
+        deadline: float | None = None,
+        answer_by: float = NEVER,
+    ) -> Ticket:
+        reply = Reply(self.outlet, deadline)
+        expires = min(expires, answer_by)
+        ticket = Ticket(reply, rows, key, (), (), id=id, expires=expires, answer_by=answer_by)  # type: ignore[arg-type]
         self.batcher.submit(ticket)
         return ticket
 
@@ -163,7 +178,12 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
     """Cancels, expiries, full queues, failing batches, several instances at work, and a shutdown at the end, in any order."""
     print("seed", seed)
     rng = random.Random(seed)
-    world = World(batch_limit=rng.choice([1, 3, 8]), max_queue_size=rng.choice([0, 12]), max_queue_delay=rng.choice([0.0, 0.3]))
+    world = World(
+        batch_limit=rng.choice([1, 3, 8]),
+        seconds=rng.choice([NOTHING, LINEAR]),
+        max_queue_size=rng.choice([0, 12]),
+        max_queue_delay=rng.choice([0.0, 0.3]),
+    )
     admitted: dict[str, Ticket] = {}
     expected: dict[str, object] = {}
     running: list[tuple[FakeInstance, list[Ticket]]] = []
@@ -172,10 +192,11 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
     def submit() -> None:
         id = f"r{len(expected)}"
         expected[id] = None
-        expires = world.now + rng.random() * 3 if rng.random() < 0.3 else float("inf")
+        expires = world.now + rng.random() * 3 if rng.random() < 0.3 else NEVER
+        answer_by = world.now + rng.random() * 4 if rng.random() < 0.3 else NEVER
         try:
-            admitted[id] = world.submit(id, rng.randint(1, 3), rng.choice("xy"), expires)
-        except (QueueFull, NotReady) as error:
+            admitted[id] = world.submit(id, rng.randint(1, 3), rng.choice("xy"), expires, answer_by=answer_by)
+        except (QueueFull, QueueTimeout, NotReady) as error:
             expected[id] = error
 
     def take() -> None:

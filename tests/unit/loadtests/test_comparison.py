@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from loadtests.compare import Cell, Reference, Report, as_json, render
+from loadtests.comparison import Cell, Reference, Report, as_json, render
 from loadtests.machine import Noise, noisy_probes
 from loadtests.reference import Speed
 
