@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.batching.latency import BATCH_OVERHEAD, GOOD_ENOUGH, INLINE_LIMIT
@@ -87,11 +87,12 @@ def rate(setup: Setup, rows: int, sample: Sample) -> float:
     return setup.instances * rows / (sample.mean + BATCH_OVERHEAD)
 
 
-def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_inline: bool = False) -> Choice:
+def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_kept: bool = False, is_inline: bool = False) -> Choice:
     """The settings of the highest rate, or those there are when what they would gain is no clearer than the noise.
 
     Of rates within 3 % of the best the one that answers a single request soonest counts. `slo`, in seconds, 0 for none: only what
-    takes at most so long counts. `is_inline`: the server may run this model where requests arrive, with one instance.
+    takes at most so long counts. `is_kept`: the server knows of it and keeps batches that short by itself. `is_inline`: the server may
+    run this model where requests arrive, with one instance.
     """
     fitting = {setup: within for setup in measured if (within := _within(measured[setup], slo))}
     now = _best(present.setup, measured[present.setup])
@@ -102,7 +103,7 @@ def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_inline
         return Choice(present, now, now, (reason,), is_within_slo=False)
     setup, why = _choose_setup(fitting, present.setup, is_inline=is_inline and _first(measured[present.setup]) < INLINE_LIMIT)
     then = _best(setup, fitting[setup])
-    largest, why_largest = _choose_largest(measured[setup], present, slo)
+    largest, why_largest = _choose_largest(measured[setup], present, 0.0 if is_kept else slo)
     allowed, why_allowed = _choose_allowed(measured[setup], present, largest, then.rows)
     return Choice(Settings(setup, largest, allowed), now, then, (why, *why_largest, *why_allowed))
 
@@ -148,33 +149,34 @@ def _gain(then: Best, now: Best) -> str:
 # -- batch sizes -------------------------------------------------------------------------------------------------------
 
 
-def _choose_largest(sizes: Mapping[int, Sequence[Sample]], present: Settings, slo: float) -> tuple[int, Iterator[str]]:
+def _choose_largest(sizes: Mapping[int, Sequence[Sample]], present: Settings, slo: float) -> tuple[int, tuple[str, ...]]:
     """max_batch_size, lowered only for the SLO: requests with more rows are refused. What pays the server finds out by itself."""
     largest = present.max_batch_size
     fitting = max(_within(sizes, slo), default=0)
     too_long = [rows for rows in sizes if rows > fitting]
     if not largest or not slo or not too_long or not fitting:
-        return largest, iter(())
+        return largest, ()
     took = _p95(sizes, min(too_long))
-    return fitting, iter((f"max_batch_size {fitting}: {min(too_long)} rows take {_ms(took)}; requests of more rows will be refused",))
+    what_else = "requests of more rows will be refused. Instead, or besides: slo_ms"
+    return fitting, (f"max_batch_size {fitting}: {min(too_long)} rows take {_ms(took)}; {what_else}",)
 
 
 def _choose_allowed(
     sizes: Mapping[int, Sequence[Sample]], present: Settings, largest: int, useful: int
-) -> tuple[tuple[int, ...], Iterator[str]]:
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """allowed_batch_sizes: powers of two where a batch padded up to one is quicker than it is without, those there are otherwise."""
     if not largest:
-        return (), iter(())
+        return (), ()
     if present.allowed:
         kept = tuple(rows for rows in present.allowed if rows < largest)
-        return (*kept, largest), iter(())
+        return (*kept, largest), ()
     pairs = [(rows, above) for rows, above in padded(sizes) if above <= useful]
     paying = [pair for pair in pairs if _is_slower(sizes[pair[0]], sizes[pair[1]])]
     if not paying or 2 * len(paying) <= len(pairs):
-        return (), iter(())
+        return (), ()
     rows, above = paying[-1]
     took, padded_took = (_ms(_mean(sizes, size)) for size in (rows, above))
-    return tuple(powers_of_two(largest)), iter((f"allowed_batch_sizes: {rows} rows take {took}, {above} only {padded_took}",))
+    return tuple(powers_of_two(largest)), (f"allowed_batch_sizes: {rows} rows take {took}, {above} only {padded_took}",)
 
 
 def padded(sizes: Mapping[int, object]) -> list[tuple[int, int]]:

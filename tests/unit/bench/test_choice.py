@@ -77,7 +77,12 @@ def test_within_an_slo_only_what_keeps_it_counts() -> None:
     assert decide(times, Settings(WIDE, 2)).settings.setup == TWO
     choice = decide(times, Settings(WIDE, 2), slo=10e-3)
     assert choice.settings == Settings(WIDE, 1)
-    assert choice.reasons[1] == "max_batch_size 1: 2 rows take 14.4 ms; requests of more rows will be refused"
+    assert choice.reasons[1] == "max_batch_size 1: 2 rows take 14.4 ms; requests of more rows will be refused. Instead, or besides: slo_ms"
+
+
+def test_max_batch_size_stays_where_the_server_itself_keeps_the_slo() -> None:
+    choice = decide({WIDE: {1: 6.0, 2: 12.0}, TWO: {1: 10.0, 2: 20.0}}, Settings(WIDE, 2), slo=10e-3, is_kept=True)
+    assert choice.settings == Settings(WIDE, 2)
 
 
 def test_a_batch_is_within_an_slo_only_if_all_smaller_ones_are() -> None:
