@@ -121,20 +121,27 @@ def _choose_setup(fitting: Measured, present: Setup, *, is_inline: bool) -> tupl
     candidates = {setup: _best(setup, fitting[setup]) for setup in fitting if not is_inline or setup.instances == 1}
     if not candidates:
         return present, _INLINE
-    highest = max(best.rate for best in candidates.values())
-    # A single request waits for one batch of one; fewer instances take less memory.
-    setup = min(
-        (setup for setup, best in candidates.items() if best.rate >= GOOD_ENOUGH * highest),
-        key=lambda setup: (_first(fitting[setup]), setup),
-    )
-    if setup == present:
-        return setup, f"{setup}: nothing else does more rows a second{' on one instance. ' + _INLINE if is_inline else ''}"
     if present not in candidates:
+        setup = _soonest(candidates, fitting)
         return setup, f"{setup} instead of {present}, which cannot run one row in time"
-    if not is_clear(candidates[setup].rates, candidates[present].rates):
-        gain = candidates[setup].rate / candidates[present].rate
-        return present, f"{present} as before: {setup} did {gain:.2f} times as much, which is not clear of the noise"
-    return setup, f"{setup} instead of {present}: {_gain(candidates[setup], candidates[present])} the rows a second"
+    now = candidates[present]
+    better = {setup: best for setup, best in candidates.items() if is_clear(best.rates, now.rates)}
+    if better:
+        setup = _soonest(better, fitting)
+        return setup, f"{setup} instead of {present}: {_gain(better[setup], now)} the rows a second"
+    highest = max(candidates, key=lambda setup: candidates[setup].rate)
+    if candidates[highest].rate > now.rate:
+        gain = candidates[highest].rate / now.rate
+        return present, f"{present} as before: {highest} did {gain:.2f} times as much, which is not clear of the noise"
+    return present, f"{present}: nothing else does more rows a second{' on one instance. ' + _INLINE if is_inline else ''}"
+
+
+def _soonest(candidates: Mapping[Setup, Best], measured: Measured) -> Setup:
+    """Of those that do about the most the one where a single request, which waits for one batch of one, waits least."""
+    highest = max(best.rate for best in candidates.values())
+    setups = [setup for setup, best in candidates.items() if best.rate >= GOOD_ENOUGH * highest]
+    # Of equals fewer instances, which take less memory.
+    return min(setups, key=lambda setup: (_first(measured[setup]), setup))
 
 
 _INLINE = "So short a model runs where its requests arrive, which takes one instance"

@@ -46,6 +46,12 @@ def test_of_equal_rates_the_one_that_answers_sooner_is_chosen() -> None:
     assert choice.settings.setup == WIDE
 
 
+def test_what_is_quicker_but_no_better_than_now_does_not_hide_what_is_better() -> None:
+    times = {ONE: samples(10e-3), WIDE: samples(9.7e-3, (1.0, 1.1, 0.9)), TWO: samples(19.2e-3, (1.0, 1.0, 1.0))}
+    choice = choose({setup: {1: found} for setup, found in times.items()}, Settings(ONE, 1))
+    assert choice.settings.setup == TWO
+
+
 def test_a_gain_within_the_noise_changes_nothing() -> None:
     times = {WIDE: samples(10e-3, (1.0, 1.3, 0.9)), TWO: samples(18e-3, (1.0, 1.05, 0.95))}
     choice = choose({setup: {1: found} for setup, found in times.items()}, Settings(WIDE, 1))
