@@ -44,7 +44,7 @@ def add_bench(bench: argparse.ArgumentParser) -> None:
         "--slo-ms",
         type=_positive,
         metavar="MS",
-        help="95 of 100 batches must take at most so long; waiting for a free instance not included",
+        help="95 of 100 batches must take at most so long; waiting for a free instance not included; left out: slo_ms of the model",
     )
     bench.add_argument("--write", action="store_true", help="put the settings into the model's model.toml, comments kept")
     bench.add_argument("--json", action="store_true", help="for machines")
@@ -167,7 +167,9 @@ def _bench(options: argparse.Namespace, backends: BackendRegistry, found: Found)
     inspection = inspect(found.model.config, found.fetched, backends)
     subject = Subject(inspection.effective, inspection, found.fetched, cores)
     subject, measured, notes = measure(subject, backends, options.seconds, _tell)
-    choice = choose(measured, subject.settings, slo=(options.slo_ms or 0.0) / 1e3, is_inline=subject.is_inline)
+    kept = subject.effective.batching.slo
+    slo = options.slo_ms / 1e3 if options.slo_ms else kept
+    choice = choose(measured, subject.settings, slo=slo, is_kept=0 < kept <= slo, is_inline=subject.is_inline)
     values = changes(subject.settings, choice.settings)
     if found.toml is not None and values:
         _write(found, subject, values, backends)

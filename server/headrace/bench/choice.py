@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from headrace.batching.latency import BATCH_OVERHEAD, GOOD_ENOUGH, INLINE_LIMIT
@@ -86,11 +87,12 @@ def rate(setup: Setup, rows: int, sample: Sample) -> float:
     return setup.instances * rows / (sample.mean + BATCH_OVERHEAD)
 
 
-def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_inline: bool = False) -> Choice:
+def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_kept: bool = False, is_inline: bool = False) -> Choice:
     """The settings of the highest rate, or those there are when what they would gain is no clearer than the noise.
 
     Of rates within 3 % of the best the one that answers a single request soonest counts. `slo`, in seconds, 0 for none: only what
-    takes at most so long counts. `is_inline`: the server may run this model where requests arrive, with one instance.
+    takes at most so long counts. `is_kept`: the server knows of it and keeps batches that short by itself. `is_inline`: the server may
+    run this model where requests arrive, with one instance.
     """
     fitting = {setup: within for setup in measured if (within := _within(measured[setup], slo))}
     now = _best(present.setup, measured[present.setup])
@@ -101,7 +103,7 @@ def choose(measured: Measured, present: Settings, *, slo: float = 0.0, is_inline
         return Choice(present, now, now, (reason,), is_within_slo=False)
     setup, why = _choose_setup(fitting, present.setup, is_inline=is_inline and _first(measured[present.setup]) < INLINE_LIMIT)
     then = _best(setup, fitting[setup])
-    largest, why_largest = _choose_largest(measured[setup], present, slo)
+    largest, why_largest = _choose_largest(measured[setup], present, 0.0 if is_kept else slo)
     allowed, why_allowed = _choose_allowed(measured[setup], present, largest, then.rows)
     return Choice(Settings(setup, largest, allowed), now, then, (why, *why_largest, *why_allowed))
 
@@ -119,20 +121,27 @@ def _choose_setup(fitting: Measured, present: Setup, *, is_inline: bool) -> tupl
     candidates = {setup: _best(setup, fitting[setup]) for setup in fitting if not is_inline or setup.instances == 1}
     if not candidates:
         return present, _INLINE
-    highest = max(best.rate for best in candidates.values())
-    # A single request waits for one batch of one; fewer instances take less memory.
-    setup = min(
-        (setup for setup, best in candidates.items() if best.rate >= GOOD_ENOUGH * highest),
-        key=lambda setup: (_first(fitting[setup]), setup),
-    )
-    if setup == present:
-        return setup, f"{setup}: nothing else does more rows a second{' on one instance. ' + _INLINE if is_inline else ''}"
     if present not in candidates:
+        setup = _soonest(candidates, fitting)
         return setup, f"{setup} instead of {present}, which cannot run one row in time"
-    if not is_clear(candidates[setup].rates, candidates[present].rates):
-        gain = candidates[setup].rate / candidates[present].rate
-        return present, f"{present} as before: {setup} did {gain:.2f} times as much, which is not clear of the noise"
-    return setup, f"{setup} instead of {present}: {_gain(candidates[setup], candidates[present])} the rows a second"
+    now = candidates[present]
+    better = {setup: best for setup, best in candidates.items() if is_clear(best.rates, now.rates)}
+    if better:
+        setup = _soonest(better, fitting)
+        return setup, f"{setup} instead of {present}: {_gain(better[setup], now)} the rows a second"
+    highest = max(candidates, key=lambda setup: candidates[setup].rate)
+    if candidates[highest].rate > now.rate:
+        gain = candidates[highest].rate / now.rate
+        return present, f"{present} as before: {highest} did {gain:.2f} times as much, which is not clear of the noise"
+    return present, f"{present}: nothing else does more rows a second{' on one instance. ' + _INLINE if is_inline else ''}"
+
+
+def _soonest(candidates: Mapping[Setup, Best], measured: Measured) -> Setup:
+    """Of those that do about the most the one where a single request, which waits for one batch of one, waits least."""
+    highest = max(best.rate for best in candidates.values())
+    setups = [setup for setup, best in candidates.items() if best.rate >= GOOD_ENOUGH * highest]
+    # Of equals fewer instances, which take less memory.
+    return min(setups, key=lambda setup: (_first(measured[setup]), setup))
 
 
 _INLINE = "So short a model runs where its requests arrive, which takes one instance"
@@ -147,33 +156,34 @@ def _gain(then: Best, now: Best) -> str:
 # -- batch sizes -------------------------------------------------------------------------------------------------------
 
 
-def _choose_largest(sizes: Mapping[int, Sequence[Sample]], present: Settings, slo: float) -> tuple[int, Iterator[str]]:
+def _choose_largest(sizes: Mapping[int, Sequence[Sample]], present: Settings, slo: float) -> tuple[int, tuple[str, ...]]:
     """max_batch_size, lowered only for the SLO: requests with more rows are refused. What pays the server finds out by itself."""
     largest = present.max_batch_size
     fitting = max(_within(sizes, slo), default=0)
     too_long = [rows for rows in sizes if rows > fitting]
     if not largest or not slo or not too_long or not fitting:
-        return largest, iter(())
+        return largest, ()
     took = _p95(sizes, min(too_long))
-    return fitting, iter((f"max_batch_size {fitting}: {min(too_long)} rows take {_ms(took)}; requests of more rows will be refused",))
+    what_else = "requests of more rows will be refused. Instead, or besides: slo_ms"
+    return fitting, (f"max_batch_size {fitting}: {min(too_long)} rows take {_ms(took)}; {what_else}",)
 
 
 def _choose_allowed(
     sizes: Mapping[int, Sequence[Sample]], present: Settings, largest: int, useful: int
-) -> tuple[tuple[int, ...], Iterator[str]]:
+) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """allowed_batch_sizes: powers of two where a batch padded up to one is quicker than it is without, those there are otherwise."""
     if not largest:
-        return (), iter(())
+        return (), ()
     if present.allowed:
         kept = tuple(rows for rows in present.allowed if rows < largest)
-        return (*kept, largest), iter(())
+        return (*kept, largest), ()
     pairs = [(rows, above) for rows, above in padded(sizes) if above <= useful]
     paying = [pair for pair in pairs if _is_slower(sizes[pair[0]], sizes[pair[1]])]
     if not paying or 2 * len(paying) <= len(pairs):
-        return (), iter(())
+        return (), ()
     rows, above = paying[-1]
     took, padded_took = (_ms(_mean(sizes, size)) for size in (rows, above))
-    return tuple(powers_of_two(largest)), iter((f"allowed_batch_sizes: {rows} rows take {took}, {above} only {padded_took}",))
+    return tuple(powers_of_two(largest)), (f"allowed_batch_sizes: {rows} rows take {took}, {above} only {padded_took}",)
 
 
 def padded(sizes: Mapping[int, object]) -> list[tuple[int, int]]:
@@ -198,7 +208,8 @@ def _best(setup: Setup, sizes: Mapping[int, Sequence[Sample]]) -> Best:
 
 
 def _within(sizes: Mapping[int, Sequence[Sample]], slo: float) -> dict[int, Sequence[Sample]]:
-    return {rows: samples for rows, samples in sizes.items() if not slo or _p95(sizes, rows) <= slo}
+    """Those up to the first that takes longer: if a larger one seemed quicker, that was noise."""
+    return dict(itertools.takewhile(lambda each: not slo or _p95(sizes, each[0]) <= slo, sorted(sizes.items())))
 
 
 def _p95(sizes: Mapping[int, Sequence[Sample]], rows: int) -> float:

@@ -46,6 +46,12 @@ def test_of_equal_rates_the_one_that_answers_sooner_is_chosen() -> None:
     assert choice.settings.setup == WIDE
 
 
+def test_what_is_quicker_but_no_better_than_now_does_not_hide_what_is_better() -> None:
+    times = {ONE: samples(10e-3), WIDE: samples(9.7e-3, (1.0, 1.1, 0.9)), TWO: samples(19.2e-3, (1.0, 1.0, 1.0))}
+    choice = choose({setup: {1: found} for setup, found in times.items()}, Settings(ONE, 1))
+    assert choice.settings.setup == TWO
+
+
 def test_a_gain_within_the_noise_changes_nothing() -> None:
     times = {WIDE: samples(10e-3, (1.0, 1.3, 0.9)), TWO: samples(18e-3, (1.0, 1.05, 0.95))}
     choice = choose({setup: {1: found} for setup, found in times.items()}, Settings(WIDE, 1))
@@ -77,7 +83,17 @@ def test_within_an_slo_only_what_keeps_it_counts() -> None:
     assert decide(times, Settings(WIDE, 2)).settings.setup == TWO
     choice = decide(times, Settings(WIDE, 2), slo=10e-3)
     assert choice.settings == Settings(WIDE, 1)
-    assert choice.reasons[1] == "max_batch_size 1: 2 rows take 14.4 ms; requests of more rows will be refused"
+    assert choice.reasons[1] == "max_batch_size 1: 2 rows take 14.4 ms; requests of more rows will be refused. Instead, or besides: slo_ms"
+
+
+def test_max_batch_size_stays_where_the_server_itself_keeps_the_slo() -> None:
+    choice = decide({WIDE: {1: 6.0, 2: 12.0}, TWO: {1: 10.0, 2: 20.0}}, Settings(WIDE, 2), slo=10e-3, is_kept=True)
+    assert choice.settings == Settings(WIDE, 2)
+
+
+def test_a_batch_is_within_an_slo_only_if_all_smaller_ones_are() -> None:
+    choice = decide({ONE: {1: 5.0, 2: 9.0, 4: 30.0, 8: 16.0}}, Settings(ONE, 8), slo=20e-3)
+    assert choice.settings.max_batch_size == 2
 
 
 def test_a_setup_that_cannot_keep_the_slo_gives_way_whatever_it_does() -> None:
