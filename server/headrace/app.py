@@ -22,7 +22,7 @@ from headrace.lifecycle.admin import Admin
 from headrace.lifecycle.control import ExplicitControl
 from headrace.lifecycle.dry_run import NOTHING, plan
 from headrace.lifecycle.manager import ModelManager
-from headrace.lifecycle.memory import limit_arenas
+from headrace.lifecycle.memory import keep_buffers, limit_arenas
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.watcher import Watcher
 from headrace.plugins import load_backends, open_source
@@ -261,6 +261,7 @@ def _leave() -> None:
 def run(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:
     """The command `headrace serve`: an event loop of its own, until a signal. Returns the exit code."""
     limit_arenas()
+    keep_buffers()
     expect_little_work()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(serve(config, started))

@@ -19,6 +19,8 @@ DIRECTORY = Path("/dev/shm")
 """Where Linux has what shm_open opens."""
 RESERVED = "triton_python_backend_shm_region_"
 """Triton refuses keys that begin so: its own processes talk through them."""
+_BLOCK = 512
+"""Bytes that st_blocks counts in, whatever the file system's blocks are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +112,21 @@ class SharedMemoryRegions:
     def _map(self, status: RegionStatus) -> _Region:
         descriptor = self._open(status.key)
         try:
-            size = os.fstat(descriptor).st_size
+            found = os.fstat(descriptor)
+            size = found.st_size
             if not status.byte_size or status.offset + status.byte_size > size:
                 raise InvalidRequest(
                     f"failed to register shared memory region '{status.name}': invalid args: expected a part of the {size} bytes "
                     f"of '{status.key}', got {status.byte_size} from {status.offset} on"
+                )
+            # Pages come when they are first written, and where there is no room then, that ends the process. A container's /dev/shm
+            # has 64 MB unless somebody asked for more.
+            system = os.fstatvfs(descriptor)
+            missing, free = size - found.st_blocks * _BLOCK, system.f_bavail * system.f_frsize
+            if missing > free:
+                raise InvalidRequest(
+                    f"failed to register shared memory region '{status.name}': expected room for the {missing} bytes of "
+                    f"'{status.key}' that were never written, got {free} bytes free in {self._directory}"
                 )
             # A mapping begins at a page.
             skipped = status.offset % mmap.ALLOCATIONGRANULARITY

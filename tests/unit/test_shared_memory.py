@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tempfile
 import threading
 from pathlib import Path
 
@@ -161,6 +162,17 @@ def test_nothing_stays_open_after_a_refusal_or_an_unregistration(regions: Shared
     regions.register("r", "/a", 0, 64)
     regions.unregister("r")
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.skipif(not DIRECTORY.is_dir(), reason="objects without pages need a file system in memory")
+def test_an_object_whose_pages_may_find_no_room_is_refused() -> None:
+    """Writing to them would be a SIGBUS."""
+    space = os.statvfs(DIRECTORY)
+    with tempfile.NamedTemporaryFile(dir=DIRECTORY) as sparse:
+        size = space.f_blocks * space.f_frsize + (1 << 20)
+        os.truncate(sparse.name, size)
+        with pytest.raises(InvalidRequest, match=f"expected room for the {size} bytes .* that were never written, got .* free"):
+            SharedMemoryRegions().register("r", Path(sparse.name).name, 0, 8)
 
 
 def test_an_object_that_has_shrunk_is_refused_and_not_touched(regions: SharedMemoryRegions, objects: Path) -> None:
