@@ -171,6 +171,15 @@ def least_requests(misses: int, share: float = 0.99, confidence: float = 0.99) -
     return high
 
 
+def most_misses(total: int, share: float = 0.99, confidence: float = 0.99) -> int:
+    """With how many misses so many requests still show it; -1 where there are too few of them in any case."""
+    low, high = -1, total
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_shown(total, middle, share, confidence) else (low, middle)
+    return low
+
+
 def statement(total: int, misses: int, slo: float) -> str:
     """One sentence on p99, for people."""
     bound = f"p99 <= {slo * 1e3:.3g} ms"
