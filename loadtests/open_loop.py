@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,6 +36,7 @@ SPIN = 2e-4
 PATIENCE = 10.0
 """Seconds after the last request for which answers are waited for."""
 LEAD = 0.01
+MOST_TEXTS = 100
 
 Kinds = NDArray[np.int64]
 """For each arrival the index of its call."""
@@ -65,6 +67,7 @@ def run_open_loop(
     expiring = _by_deadline(begin + times + timeouts)
     chosen = [calls[kind] for kind in kinds]
     sent, done, statuses = [math.nan] * total, [math.nan] * total, [int(Status.UNANSWERED)] * total
+    texts: Counter[str] = Counter()
     first_pending, left, expired, missed = 0, total, 0, 0
     end = begin + seconds + PATIENCE
     with _no_collector():
@@ -102,9 +105,11 @@ def run_open_loop(
                     done[token] = arrived
                     statuses[token] = status if status or chosen[token].is_right(body) else Status.WRONG
                     missed += statuses[token] != Status.OK or arrived - due[token] > slo
+                    if status:
+                        _note(texts, status, body)
     _give_up_rest(client, statuses[:total])
     of_times = np.array([due[:total], sent[:total], done[:total]])
-    return Results(of_times[0], of_times[1], of_times[2], np.array(statuses[:total], np.int16), timeouts[:total], seconds)
+    return Results(of_times[0], of_times[1], of_times[2], np.array(statuses[:total], np.int16), timeouts[:total], seconds, texts)
 
 
 def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: int, seconds: float) -> Results:
@@ -113,6 +118,7 @@ def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: i
     sent: list[float] = []
     done: list[float] = []
     statuses: list[int] = []
+    texts: Counter[str] = Counter()
 
     def begin(now: float) -> None:
         client.start(len(sent), calls[len(sent) % len(calls)].body, None, now)
@@ -130,13 +136,21 @@ def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: i
                 for token, status, body in ended:
                     done[token] = arrived
                     statuses[token] = status if status or calls[token % len(calls)].is_right(body) else Status.WRONG
+                    if status:
+                        _note(texts, status, body)
                     if arrived < end:
                         begin(clock())
                     else:
                         under_way -= 1
     _give_up_rest(client, statuses)
     times = np.array(sent)
-    return Results(times, times, np.array(done), np.array(statuses, np.int16), np.full(len(sent), math.inf), seconds)
+    return Results(times, times, np.array(done), np.array(statuses, np.int16), np.full(len(sent), math.inf), seconds, texts)
+
+
+def _note(texts: Counter[str], status: int, text: bytes) -> None:
+    said = f"{status_name(status)} {text.decode(errors='replace')}".strip()
+    if said in texts or len(texts) < MOST_TEXTS:
+        texts[said] += 1
 
 
 def _wait(due: float, now: float) -> float:
@@ -201,6 +215,7 @@ def describe(results: Results, slo: float | None) -> str:
     kinds, numbers = np.unique(results.statuses, return_counts=True)
     if len(kinds) > 1:
         lines.append("statuses: " + ", ".join(f"{status_name(int(k))} {n}" for k, n in zip(kinds, numbers, strict=True)))
+    lines += [f"{number} times: {text}" for text, number in results.texts.most_common(5)]
     if slo is not None:
         lines.append(statement(len(results), len(results) - counts.ok, slo))
     if not is_valid(results, slo):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -65,6 +66,8 @@ class Results:
     timeouts: Times
     seconds: float
     """Of the schedule, whenever its last answer came."""
+    texts: Counter[str] = field(default_factory=Counter)
+    """What servers said with statuses other than OK, with how often; not more than a hundred."""
 
     def __len__(self) -> int:
         return len(self.intended)
