@@ -36,7 +36,7 @@ _HEAD = struct.Struct(">HBBBI")
 _SETTING = struct.Struct(">HI")
 
 Ended = tuple[int, int, bytes]
-"""A call's token, its status (gRPC's or one of Status), and its response's body with gRPC's prefix."""
+"""A call's token, its status (gRPC's or one of Status), and its response's body with gRPC's prefix; of a failed one the grpc-message."""
 
 
 class ProtocolError(Exception):
@@ -94,8 +94,8 @@ def encode_timeout(seconds: float) -> bytes:
     return _TIMEOUT + encode_string(text)
 
 
-def decode_status(block: bytes) -> int | None:
-    """The grpc-status of a block of response headers, NOT_GRPC where the HTTP status is not 200, None where there is neither.
+def decode_status(block: bytes) -> tuple[int | None, bytes]:
+    """The grpc-status of a block of response headers, NOT_GRPC where the HTTP status is not 200, None where there is neither; its text.
 
     Raises ProtocolError for a block that cannot be read, as one that refers to a table which we said not to have.
     """
@@ -105,12 +105,12 @@ def decode_status(block: bytes) -> int | None:
         fields = dict(decoder.decode(block, raw=True))
     except hpack.HPACKError as error:
         raise ProtocolError(f"unreadable headers: {error}") from error
-    if fields.get(b":status", b"200") != b"200":
-        return Status.NOT_GRPC
+    if (http := fields.get(b":status", b"200")) != b"200":
+        return Status.NOT_GRPC, b"HTTP status " + http
     status = fields.get(b"grpc-status")
     if status is None:
-        return None
-    return int(status) if status.isdigit() and len(status) < 5 else Status.NOT_GRPC
+        return None, b""
+    return (int(status) if status.isdigit() and len(status) < 5 else Status.NOT_GRPC), fields.get(b"grpc-message", b"")
 
 
 @dataclass(slots=True)
@@ -139,7 +139,7 @@ class Connection:
     _out: list[bytes | memoryview] = field(default_factory=list)
     _bodies: dict[int, bytes | bytearray] = field(default_factory=dict)
     _uploads: dict[int, _Upload] = field(default_factory=dict)
-    _statuses: dict[bytes, int | None] = field(default_factory=dict)
+    _statuses: dict[bytes, tuple[int | None, bytes]] = field(default_factory=dict)
     _rest: bytes = b""
     _block: tuple[int, int, bytes] | None = None
     _next_stream: int = 1
@@ -253,9 +253,9 @@ class Connection:
                 raise ProtocolError(f"expected the rest of a header block, got a frame of type {kind}")
             if kind == HEADERS and flags & (END_HEADERS | PADDED | PRIORITY) == END_HEADERS:
                 block = data[start:after]
-                status = statuses[block] if block in statuses else self._read_block(block)
+                read = statuses[block] if block in statuses else self._read_block(block)
                 if stream in streams:
-                    self._take_headers(ended, stream, status, flags)
+                    self._take_headers(ended, stream, read, flags)
             elif kind == DATA and not flags & PADDED:
                 self._unacknowledged += size
                 if stream in streams:
@@ -276,21 +276,22 @@ class Connection:
             self._unacknowledged = 0
         return ended
 
-    def _read_block(self, block: bytes) -> int | None:
+    def _read_block(self, block: bytes) -> tuple[int | None, bytes]:
         status = decode_status(block)
         if len(self._statuses) < REMEMBERED:
             self._statuses[block] = status
         return status
 
-    def _take_headers(self, ended: list[Ended], stream: int, status: int | None, flags: int) -> None:
+    def _take_headers(self, ended: list[Ended], stream: int, read: tuple[int | None, bytes], flags: int) -> None:
+        status, text = read
         # 1. The last headers, which have the status. 2. The first ones of a good response. 3. Those of no gRPC server.
         if flags & END_STREAM:
-            self._end(ended, stream, Status.NOT_GRPC if status is None else status)
+            self._end(ended, stream, Status.NOT_GRPC if status is None else status, text)
         elif status is not None:
-            self._end(ended, stream, Status.NOT_GRPC)
+            self._end(ended, stream, Status.NOT_GRPC, text)
 
-    def _end(self, ended: list[Ended], stream: int, status: int) -> None:
-        body = self._bodies.get(stream, b"")
+    def _end(self, ended: list[Ended], stream: int, status: int, text: bytes = b"") -> None:
+        body = text if status else self._bodies.get(stream, b"")
         is_unfinished = stream in self._uploads
         token = self._forget(stream)
         if is_unfinished:
@@ -351,9 +352,9 @@ class Connection:
             self._block = (stream, first_flags, block + part)
             return
         self._block = None
-        status = self._read_block(block + part)
+        read = self._read_block(block + part)
         if stream in self.streams:
-            self._take_headers(ended, stream, status, first_flags)
+            self._take_headers(ended, stream, read, first_flags)
 
     def _take_settings(self, payload: bytes) -> None:
         self.is_settled = True

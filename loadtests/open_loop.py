@@ -16,6 +16,7 @@ import os
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,18 +36,28 @@ SPIN = 2e-4
 PATIENCE = 10.0
 """Seconds after the last request for which answers are waited for."""
 LEAD = 0.01
+MOST_TEXTS = 100
 
 Kinds = NDArray[np.int64]
 """For each arrival the index of its call."""
 
 
 def run_open_loop(
-    client: Client, calls: Sequence[EncodedCall], times: Times, kinds: Kinds, seconds: float, *, grace: float = 0.0
+    client: Client,
+    calls: Sequence[EncodedCall],
+    times: Times,
+    kinds: Kinds,
+    seconds: float,
+    *,
+    grace: float = 0.0,
+    bound: tuple[float, int] | None = None,
 ) -> Results:
     """Send `calls[kinds[i]]` at `times[i]`, in seconds from now. Returns when all have ended or the patience has.
 
-    Calls that are not answered `grace` seconds after their deadline are given up.
+    Calls that are not answered `grace` seconds after their deadline are given up. `bound`: an SLO and how many may miss it; after more
+    nothing further is sent, and the results are of what was.
     """
+    slo, may_miss = bound or (math.inf, len(times))
     clock, total = time.monotonic, len(times)
     begin = clock() + LEAD
     due = (begin + times).tolist()
@@ -56,7 +67,8 @@ def run_open_loop(
     expiring = _by_deadline(begin + times + timeouts)
     chosen = [calls[kind] for kind in kinds]
     sent, done, statuses = [math.nan] * total, [math.nan] * total, [int(Status.UNANSWERED)] * total
-    first_pending, left, expired = 0, total, 0
+    texts: Counter[str] = Counter()
+    first_pending, left, expired, missed = 0, total, 0, 0
     end = begin + seconds + PATIENCE
     with _no_collector():
         while left:
@@ -74,6 +86,12 @@ def run_open_loop(
                     client.give_up(token)
                     statuses[token], done[token] = Status.EXPIRED, now
                     left -= 1
+                    missed += 1
+            if missed > may_miss and first_pending < total:
+                left -= total - first_pending
+                total, seconds = first_pending, now - begin
+                expiring = [token for token in expiring[expired:] if token < total]
+                expired = 0
             if now > end:
                 break
             wait = _wait(due[first_pending] if first_pending < total else end, now)
@@ -86,8 +104,12 @@ def run_open_loop(
                 for token, status, body in ended:
                     done[token] = arrived
                     statuses[token] = status if status or chosen[token].is_right(body) else Status.WRONG
-    _give_up_rest(client, statuses)
-    return Results(np.array(due), np.array(sent), np.array(done), np.array(statuses, np.int16), timeouts, seconds)
+                    missed += statuses[token] != Status.OK or arrived - due[token] > slo
+                    if status:
+                        _note(texts, status, body)
+    _give_up_rest(client, statuses[:total])
+    of_times = np.array([due[:total], sent[:total], done[:total]])
+    return Results(of_times[0], of_times[1], of_times[2], np.array(statuses[:total], np.int16), timeouts[:total], seconds, texts)
 
 
 def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: int, seconds: float) -> Results:
@@ -96,6 +118,7 @@ def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: i
     sent: list[float] = []
     done: list[float] = []
     statuses: list[int] = []
+    texts: Counter[str] = Counter()
 
     def begin(now: float) -> None:
         client.start(len(sent), calls[len(sent) % len(calls)].body, None, now)
@@ -113,13 +136,21 @@ def run_closed_loop(client: Client, calls: Sequence[EncodedCall], concurrency: i
                 for token, status, body in ended:
                     done[token] = arrived
                     statuses[token] = status if status or calls[token % len(calls)].is_right(body) else Status.WRONG
+                    if status:
+                        _note(texts, status, body)
                     if arrived < end:
                         begin(clock())
                     else:
                         under_way -= 1
     _give_up_rest(client, statuses)
     times = np.array(sent)
-    return Results(times, times, np.array(done), np.array(statuses, np.int16), np.full(len(sent), math.inf), seconds)
+    return Results(times, times, np.array(done), np.array(statuses, np.int16), np.full(len(sent), math.inf), seconds, texts)
+
+
+def _note(texts: Counter[str], status: int, text: bytes) -> None:
+    said = f"{status_name(status)} {text.decode(errors='replace')}".strip()
+    if said in texts or len(texts) < MOST_TEXTS:
+        texts[said] += 1
 
 
 def _wait(due: float, now: float) -> float:
@@ -184,6 +215,7 @@ def describe(results: Results, slo: float | None) -> str:
     kinds, numbers = np.unique(results.statuses, return_counts=True)
     if len(kinds) > 1:
         lines.append("statuses: " + ", ".join(f"{status_name(int(k))} {n}" for k, n in zip(kinds, numbers, strict=True)))
+    lines += [f"{number} times: {text}" for text, number in results.texts.most_common(5)]
     if slo is not None:
         lines.append(statement(len(results), len(results) - counts.ok, slo))
     if not is_valid(results, slo):
@@ -217,6 +249,7 @@ def main() -> int:
             calls = encode_calls(model, path, timeout=deadline, priority=options.priority)
             try:
                 times = arrivals(options.arrivals, options.rate, options.seconds, options.seed)
+                used = time.process_time()
                 with Client(options.address, options.connections) as client:
                     if options.concurrency:
                         results = run_closed_loop(client, calls, options.concurrency, options.seconds)
@@ -228,7 +261,8 @@ def main() -> int:
             except ConnectFailed as error:
                 print(error, file=sys.stderr)
                 return 1
-            print(f"{model}\n{describe(results, slo)}")
+            used = time.process_time() - used
+            print(f"{model}: {used / max(1, len(results)) * 1e6:.1f} CPU-µs a request here\n{describe(results, slo)}")
             counts = count(results, slo)
             failed += counts.failed + counts.wrong
     return 1 if failed else 0

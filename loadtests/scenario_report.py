@@ -136,7 +136,8 @@ class Report:
         if counts.wrong or counts.failed:
             kinds, numbers = np.unique(results.statuses, return_counts=True)
             statuses = ", ".join(f"{status_name(int(kind))} {number}" for kind, number in zip(kinds, numbers, strict=True))
-            self.failures.append(f"{text}: {counts.wrong} wrong, {counts.failed} failed of {len(results)} ({statuses})")
+            said = "".join(f"; {number} times: {each}" for each, number in results.texts.most_common(5))
+            self.failures.append(f"{text}: {counts.wrong} wrong, {counts.failed} failed of {len(results)} ({statuses}){said}")
 
     def as_json(self) -> str:
         settings = self.settings | {f"SLO of {model} (ms)": round(slo * 1e3, 4) for model, slo in self.slos.items()}

@@ -41,7 +41,7 @@ from loadtests.models import MLP, add_models_argument, make_mlp, parse_models, s
 from loadtests.open_loop import Kinds, alternate, run_closed_loop, run_open_loop
 from loadtests.process import ServerFailed, ServerProcess, exit_on_terminate
 from loadtests.scenario_report import Report, Run, Sample, judge_samples, render
-from loadtests.service_level import Results, count
+from loadtests.service_level import Results, count, most_misses
 from loadtests.statistics import abba_order
 from loadtests.swap_load import SwapLoad
 from loadtests.wire_client import Client, ConnectFailed
@@ -50,9 +50,9 @@ CONCURRENT = 64
 """Calls of the closed loop whose rate is called the closed-loop rate."""
 FRACTIONS = (0.25, 0.5, 0.75)
 OVERLOADS = (1.0, 1.5, 2.0, 3.0)
-ENOUGH = 1000
+ENOUGH = 850
 """Requests at least in a run that is to show a p99: with that many, two may miss."""
-LONGEST = 30.0
+LONGEST = 60.0
 """Seconds that a run is made longer to for that."""
 SLO_FACTOR = 10.0
 NEAR = 0.05
@@ -87,6 +87,7 @@ class Plan:
     seconds: float
     closed_seconds: float
     slo: float | None
+    rate: float | None
     has_deadlines: bool
     grace: float
     every: float
@@ -147,13 +148,16 @@ class Bench:
         self.report.failures += [f"{name}: {times} connections closed: {reason}" for reason, times in self.client.goodbyes.items()]
         self.client.goodbyes.clear()
 
-    def offer(self, model: str, times: Times, rate: float, *, arrivals: str, seconds: float, timeout: float | None = None) -> Run:
-        """One open-loop run with one model's calls, not entered yet."""
+    def offer(
+        self, model: str, times: Times, rate: float, *, arrivals: str, seconds: float, timeout: float | None = None, is_probe: bool = False
+    ) -> Run:
+        """One open-loop run with one model's calls, not entered yet. A probe ends when its p99 cannot be shown any more."""
         if time.monotonic() > self.plan.deadline:
             raise OutOfTime(f"round {self.number + 1} of {self.plan.rounds} was not finished in the time given")
         calls, used = with_timeout(self.calls[model], timeout), self.server.cpu_seconds()
         kinds = alternate(len(times), len(calls))
-        results = run_open_loop(self.client, calls, times, kinds, seconds, grace=self.plan.grace)
+        bound = (self.slo(model), most_misses(len(times))) if is_probe else None
+        results = run_open_loop(self.client, calls, times, kinds, seconds, grace=self.plan.grace, bound=bound)
         used = self.server.cpu_seconds() - used
         self.check(results, f"{model} at {rate:.0f}/s")
         return self.run_of(results, model, rate, arrivals, used)
@@ -171,9 +175,9 @@ class Bench:
             cpu_seconds=used,
         )
 
-    def poisson(self, model: str, rate: float, seconds: float, timeout: float | None = None) -> Run:
+    def poisson(self, model: str, rate: float, seconds: float, *, timeout: float | None = None, is_probe: bool = False) -> Run:
         times = poisson(rate, seconds, self.seed())
-        return self.offer(model, times, rate, arrivals="poisson", seconds=seconds, timeout=timeout)
+        return self.offer(model, times, rate, arrivals="poisson", seconds=seconds, timeout=timeout, is_probe=is_probe)
 
     def enter(self, run: Run) -> None:
         self.report.runs.append(run)
@@ -218,14 +222,14 @@ def capacity(bench: Bench) -> Run | None:
     bracket, best = Bracket(0.0, 1.2 * closed), None
     while not bracket.is_narrow and bracket.high > NEAR * closed:
         rate = bracket.middle
-        run = bench.poisson(bench.model, rate, bench.seconds_for(rate))
+        run = bench.poisson(bench.model, rate, bench.seconds_for(rate), is_probe=True)
         bench.enter(replace(run, scenario="capacity probe"))
         holds = run.valid and run.is_slo_shown
         best = run if holds else best
         bracket = bracket.narrowed(holds)
     if best is None:
         name = f"round {bench.number + 1}, {bench.entrant.name}, {bench.model}"
-        bench.report.notes.append(f"{name}: no rate was shown to keep p99 within {bench.slo(bench.model) * 1e3:.3g} ms")
+        bench.report.failures.append(f"{name}: no rate was shown to keep p99 within {bench.slo(bench.model) * 1e3:.3g} ms")
     return best
 
 
@@ -235,13 +239,15 @@ def enter_capacity(bench: Bench) -> None:
 
 
 def overload(bench: Bench) -> None:
-    best = capacity(bench)
-    if best is None:
-        return
+    knee = bench.plan.rate
+    if knee is None:
+        best = capacity(bench)
+        if best is None:
+            return
+        knee = best.offered_rate
     timeout = bench.slo(bench.model) if bench.plan.has_deadlines else None
     for factor in OVERLOADS:
-        rate = best.offered_rate * factor
-        bench.enter(bench.poisson(bench.model, rate, bench.plan.seconds, timeout))
+        bench.enter(bench.poisson(bench.model, knee * factor, bench.plan.seconds, timeout=timeout))
 
 
 def burst(bench: Bench) -> None:
@@ -250,7 +256,8 @@ def burst(bench: Bench) -> None:
         rate = closed * fraction
         seconds = bench.seconds_for(rate)
         times = bursts(rate, seconds, bench.seed())
-        bench.enter(bench.offer(bench.model, times, rate, arrivals="bursts", seconds=seconds))
+        # Bursts are few in a run: what it offers can be far from the mean.
+        bench.enter(bench.offer(bench.model, times, len(times) / seconds, arrivals="bursts", seconds=seconds))
 
 
 def mixed(bench: Bench) -> None:
@@ -423,6 +430,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seconds", type=float, default=None, help="of each run (default: 5; soak 300, swap 20)")
     parser.add_argument("--closed-seconds", type=float, default=1.5, help="of the closed loop before (default: 1.5)")
     parser.add_argument("--slo-ms", type=float, help="(default: ten times what a call alone takes on the first server)")
+    parser.add_argument("--rate", type=float, help="overload: the capacity, instead of looking for it")
     parser.add_argument("--no-deadlines", action="store_true", help="overload: do not tell the server how long its clients wait")
     parser.add_argument("--grace-ms", type=float, default=0.0, help="after its deadline until the client cancels a call (default: 0)")
     parser.add_argument("--every", type=float, default=1.0, help="swap: seconds between versions (default: 1)")
@@ -494,6 +502,7 @@ def main() -> int:
             seconds=seconds,
             closed_seconds=arguments.closed_seconds,
             slo=None if arguments.slo_ms is None else arguments.slo_ms / 1e3,
+            rate=arguments.rate,
             has_deadlines=not arguments.no_deadlines,
             grace=arguments.grace_ms / 1e3,
             every=arguments.every,

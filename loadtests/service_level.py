@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -65,6 +66,8 @@ class Results:
     timeouts: Times
     seconds: float
     """Of the schedule, whenever its last answer came."""
+    texts: Counter[str] = field(default_factory=Counter)
+    """What servers said with statuses other than OK, with how often; not more than a hundred."""
 
     def __len__(self) -> int:
         return len(self.intended)
@@ -169,6 +172,15 @@ def least_requests(misses: int, share: float = 0.99, confidence: float = 0.99) -
         middle = (low + high) // 2
         low, high = (low, middle) if is_shown(middle, misses, share, confidence) else (middle, high)
     return high
+
+
+def most_misses(total: int, share: float = 0.99, confidence: float = 0.99) -> int:
+    """With how many misses so many requests still show it; -1 where there are too few of them in any case."""
+    low, high = -1, total
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if is_shown(total, middle, share, confidence) else (low, middle)
+    return low
 
 
 def statement(total: int, misses: int, slo: float) -> str:

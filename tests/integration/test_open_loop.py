@@ -141,3 +141,18 @@ def stubborn_server() -> Iterator[str]:
 def test_what_speaks_no_http2_is_refused_with_its_address() -> None:
     with stubborn_server() as address, pytest.raises(ConnectFailed, match=f"{address}: expected a gRPC server"):
         Client(address)
+
+
+async def test_a_run_that_cannot_show_its_bound_any_more_sends_nothing_further(serve: Serve) -> None:
+    version = ScriptedVersion(script=by_value)
+    async with serve(version) as served:
+
+        def run() -> Results:
+            with Client(served.address, connections=1) as client:
+                times = np.linspace(0.0, 60.0, 6000)
+                return run_open_loop(client, [call(REFUSED)], times, alternate(6000, 1), 60.0, bound=(1.0, 3))
+
+        results = await asyncio.to_thread(run)
+    assert 4 <= len(results) == len(version.requests) < 6000
+    assert count(results, 1.0).refused == len(results)
+    assert results.seconds < 60.0

@@ -14,6 +14,7 @@ from loadtests.service_level import (
     is_shown,
     is_valid,
     least_requests,
+    most_misses,
     statement,
     status_name,
 )
@@ -31,6 +32,11 @@ def test_counts_of_early_stopping_are_mlperfs(share: float, misses: int, request
     assert least_requests(misses, share) == requests
     assert is_shown(requests, misses, share)
     assert not is_shown(requests - 1, misses, share)
+
+
+@pytest.mark.parametrize(("total", "misses"), [(458, -1), (459, 0), (661, 0), (662, 1), (3304, 20), (0, -1)])
+def test_most_misses_is_the_other_side_of_the_same_counts(total: int, misses: int) -> None:
+    assert most_misses(total) == misses
 
 
 def test_binomial_tail_of_a_few_coins() -> None:
