@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -124,6 +124,29 @@ def render(report: Report, contestants: Sequence[str], models: Sequence[str], co
     return "\n".join(parts) + "\n"
 
 
+def summary(report: Report) -> Table:
+    """One row for each model and server: its rate at every concurrency, and at the highest what a request costs and takes."""
+    most = report.concurrencies[-1]
+    header = ["model", "server", *(f"requests/s at {concurrency}" for concurrency in report.concurrencies)]
+    header += [f"CPU-µs/request at {most}", f"p50 ms at {most}", f"p99 ms at {most}"]
+    rows = []
+    for model in report.models:
+        for contestant in report.contestants:
+            cells = [report.select(contestant, model, concurrency) for concurrency in report.concurrencies]
+            rates = [_text(found, lambda cell: cell.rate) for found in cells]
+            last = [
+                _text(cells[-1], lambda cell: cell.cpu_us),
+                _text(cells[-1], lambda cell: cell.p50 * 1e3),
+                _text(cells[-1], lambda cell: cell.p99 * 1e3),
+            ]
+            rows.append([model, contestant, *rates, *last])
+    return Table("Requests/s, median and range of the rounds", header, rows)
+
+
+def _text(cells: Sequence[Cell], value: Callable[[Cell], float]) -> str:
+    return Spread.of([value(cell) for cell in cells]).text() if cells else "-"
+
+
 def baseline_of(contestants: Sequence[str]) -> str:
     """The last that infers; the last of all where none does."""
     return [*contestants, *(name for name in contestants if not name.startswith(ECHO))][-1]
@@ -182,7 +205,7 @@ def _rates_row(cells: Sequence[Cell], ratios: Sequence[float]) -> list[str]:
 def _fractions_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> Table:
     rows = []
     for model in models:
-        for contestant in contestants:
+        for contestant in (name for name in contestants if not name.startswith(ECHO)):
             for quantity, fractions in (("rate", report.fractions), ("CPU time", report.cpu_fractions)):
                 cells = [fractions(contestant, model, concurrency) for concurrency in concurrencies]
                 rows.append([model, contestant, quantity, *(Spread.of(values).text() if values else "-" for values in cells)])

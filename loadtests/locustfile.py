@@ -80,21 +80,26 @@ class InferenceUser(User):
     def __init__(self, environment: Environment) -> None:
         """Raises StopTest when there is nothing to call: no other user could either, and Locust takes it only from here."""
         super().__init__(environment)
+        if not self.host:
+            environment.process_exit_code = 2
+            raise StopTest("nothing to call: expected --host HOST:PORT, got none")
         options = _options(environment)
         self._deadline = options.deadline
+        # Otherwise all channels of the process to one address are one connection.
+        self._client = triton.InferenceServerClient(self.host, channel_args=[("grpc.use_local_subchannel_pool", 1)])
         try:
-            if not self.host:
-                raise ValueError("expected --host HOST:PORT, got none")
-            # Otherwise all channels of the process to one address are one connection.
-            self._client = triton.InferenceServerClient(self.host, channel_args=[("grpc.use_local_subchannel_pool", 1)])
             names = [name for name in options.models.split(",") if name] or self._ready_models()
             self._calls = itertools.cycle([Call(self._client, name, options.rows, options.free_size) for name in names])
         except (InferenceServerException, ValueError) as error:
+            self.on_stop()
             environment.process_exit_code = 2
             raise StopTest(f"nothing to call at {self.host}: {error}") from None
 
     def on_stop(self) -> None:
+        # Gone now and not when the interpreter ends: its __del__ closes it again, and grpc then waits for ever for a lock that one of
+        # its threads had when they were stopped (one run in five).
         self._client.close()
+        del self._client
 
     def _ready_models(self) -> list[str]:
         index = self._client.get_model_repository_index(client_timeout=ANSWER_TIMEOUT).models

@@ -5,7 +5,7 @@
 
 The page is one file: the pictures are in it, and it asks the network for nothing. RESULT is what `compare --json` or
 `scenarios --json` wrote; a kind that is not known is skipped with a sentence. `--pictures` writes the pictures as files as well,
-`--table` the table of rates as markdown. With `--compare` the exit code is 1 when something got worse.
+`--table` a table of rates as markdown. With `--compare` the exit code is 1 when something got worse.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from loadtests import comparison, report_scenarios
-from loadtests.comparison import Table, from_json, noise_text, tables
+from loadtests.comparison import Report, Table, from_json, noise_text, summary, tables
 from loadtests.machine import Noise
 from loadtests.report_figures import compare_plots, scenario_plots
 from loadtests.report_plots import Plot, draw, standalone
@@ -142,12 +142,13 @@ def write_pictures(directory: Path, sections: Sequence[Section]) -> None:
         (directory / f"{re.sub('[^A-Za-z0-9.-]+', '-', plot.key)}.svg").write_text(standalone(draw(plot, colours)))
 
 
-def markdown_of(shown: Section) -> str:
-    """The section's first table, which is the one that matters most, with the command that made it."""
-    table = shown.tables[0]
-    said = [f"`{shown.command}`"] if shown.command else []
-    said += [", ".join(f"{key} {shown.conditions[key]}" for key in ("cpu", "cores", "date") if key in shown.conditions)]
-    return "\n\n".join(part for part in (markdown_table(table.header, table.rows), table.note, *said) if part) + "\n"
+def summary_markdown(report: Report) -> str:
+    """A table for a page about the whole, with the machine and the command that made it."""
+    table = summary(report)
+    said = [f"{report.facts['cpu']}, {report.facts.get('cores', '?')} cores"] if "cpu" in report.facts else []
+    said += [str(report.settings["date"])] if "date" in report.settings else []
+    said += [f"`{report.command}`"] if report.command else []
+    return "\n\n".join(part for part in (markdown_table(table.header, table.rows), "; ".join(said)) if part) + "\n"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -183,7 +184,7 @@ def main() -> int:
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE.json", "AFTER.json"))
     parser.add_argument("--out", type=Path, help="the page (default: report.html, and with --compare none)")
     parser.add_argument("--pictures", type=Path, metavar="DIR", help="write the pictures here, one SVG each")
-    parser.add_argument("--table", type=Path, help="write the first result's main table here as markdown")
+    parser.add_argument("--table", type=Path, help="write the rates of the first result, a comparison, here as markdown")
     arguments = parser.parse_args()
     if bool(arguments.compare) == bool(arguments.results):
         parser.error("expected results, or --compare with two of them")
@@ -192,14 +193,15 @@ def main() -> int:
             before, after = arguments.compare
             return compare(before, after, arguments.out)
         sections = [section(path.name, _read(path)) for path in arguments.results]
+        table = summary_markdown(from_json(_read(arguments.results[0]))) if arguments.table else ""
     except ValueError as error:
         print(f"report: {error}", file=sys.stderr)
         return 2
     (arguments.out or Path("report.html")).write_text(page("Measurements of Headrace", sections))
     if arguments.pictures:
         write_pictures(arguments.pictures, sections)
-    if arguments.table and sections[0].tables:
-        arguments.table.write_text(markdown_of(sections[0]))
+    if arguments.table:
+        arguments.table.write_text(table)
     return 0
 
 

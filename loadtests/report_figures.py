@@ -10,6 +10,8 @@ from loadtests.report_scenarios import Load, Run
 from loadtests.statistics import Spread
 
 CONCURRENT = "concurrent calls"
+WIDE = 10.0
+"""Rates that are further apart than this need a logarithmic axis to be told apart at its low end."""
 MODEL_IS_THE_LIMIT = 0.2
 """From this fraction of ONNX Runtime alone on there is something to see; below, the transport is all there is."""
 
@@ -39,7 +41,9 @@ def _model_plots(report: Report, model: str) -> list[Plot]:
         return Plot(f"{key}-{model}", f"{model}: {title}", CONCURRENT, unit, series, has_log_x=True, x_ticks=ticks, note=note, **more)  # type: ignore[arg-type] # the flags of a Plot, by name
 
     ratios = _filled(of_ratios(name, baseline) for name in serving if name != baseline)
-    of_echo = _filled(of_ratios(name, echo) for name in serving for echo in echoes_of(name, names)[:1])
+    of_echo = _filled(
+        of_ratios(name, echo) for name in serving for echo in echoes_of(name, names) if name.endswith(echo.removeprefix(ECHO))
+    )
     of_runtime = _filled(by_concurrency(name, lambda name, concurrency: report.fractions(name, model, concurrency)) for name in serving)
     is_model_the_limit = any(point.y.median >= MODEL_IS_THE_LIMIT for series in of_runtime for point in series.points)
     p50 = of_cells(serving, lambda cell: cell.p50 * 1e3)
@@ -69,6 +73,11 @@ def scenario_plots(found: Sequence[Load]) -> list[Plot]:
     return [plot for plot in plots if plot.series]
 
 
+def _span(found: Sequence[Load]) -> float:
+    rates = [load.offered.median for load in found]
+    return max(rates) / min(rates)
+
+
 def _steps(found: Sequence[Load]) -> dict[str, int]:
     return {name: sum(load.contestant == name for load in found) for name in dict.fromkeys(load.contestant for load in found)}
 
@@ -96,6 +105,7 @@ def _load_plots(key: str, title: str, found: Sequence[Load]) -> list[Plot]:
             offered,
             "ms, from the intended send",
             p50 + p99,
+            has_log_x=_span(found) > WIDE,
             has_log_y=True,
             level=slo and slo * 1e3,
             note="Solid: p50. Dashed: p99." + (" The thin line is the SLO." if slo else ""),

@@ -74,7 +74,7 @@ def test_page_pictures_and_table_are_written(tmp_path: Path, monkeypatch: pytest
     assert run(monkeypatch, measured, "--out", tmp_path / "r.html", "--pictures", tmp_path / "p", "--table", tmp_path / "t.md") == 0
     assert (tmp_path / "r.html").read_text().startswith("<!DOCTYPE html>")
     assert {path.name for path in (tmp_path / "p").iterdir()} == {f"{key}-mlp.svg" for key in ("rates", "ratios", "echo", "cpu", "closed")}
-    assert "| headrace-native | 105 (100-110)" in (tmp_path / "t.md").read_text()
+    assert "| headrace-native | 105 (100-110)    | 105 (100-110)    | 50.0 " in (tmp_path / "t.md").read_text()
 
 
 def test_two_results_are_compared_by_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
