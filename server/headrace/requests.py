@@ -167,7 +167,6 @@ class Ticket:
         key: Hashable,
         inputs: Sequence[InputTensor | None],
         outputs: tuple[int, ...],
-        *,
         id: str = "",
         priority: int = 0,
         expires: float = float("inf"),

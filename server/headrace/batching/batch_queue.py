@@ -89,9 +89,9 @@ class BatchQueue:
         key = self._most_urgent()
         lane = self._lanes[key]
         if table is None:
-            count, rows = self._prefix(lane, self.limit)
+            count, rows = self._batch(lane)
         else:
-            count, rows = self._prefix_in_time(lane, table, now) if self.is_pressed(table, now) else self._prefix(lane, self.limit)
+            count, rows = self._prefix_in_time(lane, table, now) if self.is_pressed(table, now) else self._batch(lane)
             fill = table.fill(rows)
             if fill < rows:
                 count, rows = self._prefix(lane, fill)
@@ -148,7 +148,7 @@ class BatchQueue:
         if not self._lanes:
             return False
         lane = self._lanes[self._most_urgent()]
-        count, rows = self._prefix(lane, self.limit)
+        count, rows = self._batch(lane)
         return rows >= self.limit or count < len(lane)
 
     def _most_urgent(self) -> Hashable:
@@ -237,6 +237,10 @@ class BatchQueue:
             rows += ticket.rows
             count += 1
         return count, rows
+
+    def _batch(self, lane: list[_Entry]) -> tuple[int, int]:
+        """As many of the lane as may run together. Mostly that is all that waits, which takes no counting."""
+        return (len(lane), self.rows) if self.rows <= self.limit and len(self._lanes) == 1 else self._prefix(lane, self.limit)
 
     @staticmethod
     def _prefix(lane: list[_Entry], limit: int) -> tuple[int, int]:

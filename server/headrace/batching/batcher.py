@@ -387,7 +387,7 @@ class Batcher:
 def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
     outlet = tickets[0].reply.outlet
     pairs = [(ticket.reply, answer) for ticket, answer in zip(tickets, answers, strict=True)]
-    if all(reply.outlet is outlet for reply, _ in pairs):
+    if len(pairs) == 1 or len({id(reply.outlet) for reply, _ in pairs}) == 1:
         outlet.deliver(pairs)
         return
     by_outlet: dict[int, tuple[Outlet, list[tuple[Reply, Answer]]]] = {}

@@ -32,20 +32,13 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
         if timeout:
             answer_by = min(answer_by, arrived + timeout)
     expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
+    rows, key, reordered, outputs = admission
+    inputs = request.inputs if reordered is None else reordered
+    is_bound = bool(request.version)
+    # By position: keywords make it half as dear again.
     return Ticket(
-        reply,
-        admission.rows,
-        admission.key,
-        admission.inputs,
-        admission.output_indexes,
-        id=request.id,
-        priority=priority,
-        expires=expires,
-        answer_by=answer_by,
-        arrived=arrived,
-        is_bound=bool(request.version),
-        destinations=request.destinations,
-    )
+        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations
+    )  # fmt: skip
 
 
 def _check_output_parameters(output: RequestedOutput) -> None:
