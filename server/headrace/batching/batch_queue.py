@@ -1,8 +1,10 @@
 """Who waits, in which order, and who runs next. Pure: no clock, no thread, no I/O; the batcher drives it under its lock.
 
-Theory of operation. Tickets of equal key can share a batch, so there is one lane a key, each ordered by (priority, due time,
-arrival). Due is when a ticket expires, but no later than PATIENCE after it came: by expiry alone, one client without a deadline
-would wait for ever beside others who have one and keep the model busy. Most traffic has one priority and one timeout, so a new
+Theory of operation. Tickets of equal key can share a batch, so there is one lane a key, each ordered by when its tickets are due, then
+by arrival. Due is when a ticket expires, but no later than PATIENCE after it came: by expiry alone, one client without a deadline
+would wait for ever beside others who have one and keep the model busy. Each level of priority below the first is due LEVEL later:
+while they wait together the higher level goes first whatever the deadlines, and the lower one is passed over for so long and no
+longer (Triton's levels are strict, and the lowest starves). Most traffic has one priority and one timeout, so a new
 ticket nearly always belongs at the end of its lane: an append; only the others pay for a binary search. A batch is a prefix of
 the lane whose head is the most urgent of all heads: as many rows as are worth it (`limit`), and where somebody has a deadline no
 more than let each of them be answered by it. Heads that cannot be are taken out while others wait, `drop_late`: run all the same,
@@ -25,9 +27,11 @@ from headrace.requests import Ticket
 NEVER = float("inf")
 PATIENCE = 1.0
 """Seconds after which a ticket has waited long enough to run before newer ones that expire soon."""
+LEVEL = 2.0
+"""Seconds for which a level of priority goes before the next; more than PATIENCE, or a deadline would count for more."""
 _LANES_LOOKED_AT = 16
 """For an estimate of what is ahead; a model with free dimensions has as many lanes as there are lengths."""
-_Entry = tuple[int, float, int, Ticket]
+_Entry = tuple[float, int, Ticket]
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,7 @@ class BatchQueue:
 
     def push(self, ticket: Ticket) -> None:
         sequence = next(self._sequence)
-        entry = (ticket.priority, _due(ticket), sequence, ticket)
+        entry = (_due(ticket), sequence, ticket)
         lane = self._lanes.get(ticket.key)
         if lane is None:
             self._lanes[ticket.key] = [entry]
@@ -115,20 +119,20 @@ class BatchQueue:
         key = self._most_urgent()
         lane = self._lanes[key]
         count = 0
-        while count < len(lane) and count + 1 < self.requests and lane[count][3].answer_by < now + table.mean(lane[count][3].rows):
+        while count < len(lane) and count + 1 < self.requests and lane[count][2].answer_by < now + table.mean(lane[count][2].rows):
             count += 1
         count = self._window(lane, count, table, now, sustaining)
-        return self._cut(key, count, sum([entry[3].rows for entry in lane[:count]])) if count else []
+        return self._cut(key, count, sum([entry[2].rows for entry in lane[:count]])) if count else []
 
     def _window(self, lane: list[_Entry], start: int, table: LatencyTable, now: float, sustaining: int) -> int:
         """How many heads to drop, `start` of them at least."""
         rest = lane[start : start + sustaining]
-        wanted = min(sustaining, self.limit, sum([entry[3].rows for entry in rest]))
+        wanted = min(sustaining, self.limit, sum([entry[2].rows for entry in rest]))
         _, rows = self._prefix_in_time(rest, table, now)
         if rows >= wanted:
             return start
         until = now + table.mean(wanted)
-        while start + 1 < len(lane) and lane[start][3].answer_by < until:
+        while start + 1 < len(lane) and lane[start][2].answer_by < until:
             start += 1
         return start
 
@@ -136,7 +140,7 @@ class BatchQueue:
         """Rows that would run before a ticket that is not queued yet; an estimate where requests differ in rows."""
         if not self.requests:
             return 0
-        entry = (ticket.priority, _due(ticket), NEVER)
+        entry = (_due(ticket), NEVER)
         lanes = self._lanes.values()
         ahead = sum([bisect.bisect_right(lane, entry) for lane in itertools.islice(lanes, _LANES_LOOKED_AT)])
         if len(lanes) > _LANES_LOOKED_AT:
@@ -157,7 +161,7 @@ class BatchQueue:
 
     def _cut(self, key: Hashable, count: int, rows: int) -> list[Ticket]:
         lane = self._lanes[key]
-        tickets = [entry[3] for entry in lane[:count]]
+        tickets = [entry[2] for entry in lane[:count]]
         if count == len(lane):
             del self._lanes[key]
         else:
@@ -169,7 +173,7 @@ class BatchQueue:
 
     def oldest_enqueued(self) -> float:
         """When the longest-waiting head was enqueued; NEVER when empty."""
-        return min((lane[0][3].enqueued for lane in self._lanes.values()), default=NEVER)
+        return min((lane[0][2].enqueued for lane in self._lanes.values()), default=NEVER)
 
     def remove(self, ticket: Ticket) -> bool:
         """Take one ticket out; False when it is not queued (any more)."""
@@ -177,9 +181,9 @@ class BatchQueue:
         if lane is None or ticket.is_taken or ticket.is_settled:
             return False
         # By identity: an entry's sequence number is unique but not known to the ticket.
-        start = bisect.bisect_left(lane, (ticket.priority, _due(ticket)))
+        start = bisect.bisect_left(lane, (_due(ticket),))
         for index in range(start, len(lane)):
-            if lane[index][3] is ticket:
+            if lane[index][2] is ticket:
                 del lane[index]
                 break
         else:
@@ -213,7 +217,7 @@ class BatchQueue:
         heapq.heapify(self._expiries)
 
     def clear(self) -> list[Ticket]:
-        tickets = [entry[3] for lane in self._lanes.values() for entry in lane]
+        tickets = [entry[2] for lane in self._lanes.values() for entry in lane]
         self._lanes.clear()
         self._expiries.clear()
         self.left_rows += self.rows
@@ -226,7 +230,7 @@ class BatchQueue:
         limit = self.limit
         earliest = NEVER
         for entry in lane:
-            ticket = entry[3]
+            ticket = entry[2]
             if ticket.answer_by < earliest:
                 within = min(table.rows_within(ticket.answer_by - now), limit)
                 if count and rows + ticket.rows > within:
@@ -246,10 +250,10 @@ class BatchQueue:
     def _prefix(lane: list[_Entry], limit: int) -> tuple[int, int]:
         if not lane:
             return 0, 0
-        rows = lane[0][3].rows
+        rows = lane[0][2].rows
         count = 1
         while count < len(lane) and rows < limit:
-            more = lane[count][3].rows
+            more = lane[count][2].rows
             if rows + more > limit:
                 break
             rows += more
@@ -258,4 +262,7 @@ class BatchQueue:
 
 
 def _due(ticket: Ticket) -> float:
-    return min(ticket.expires, ticket.enqueued + PATIENCE)
+    due = ticket.enqueued + PATIENCE
+    if ticket.expires < due:
+        due = ticket.expires
+    return due + ticket.priority * LEVEL

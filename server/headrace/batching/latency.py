@@ -25,12 +25,17 @@ INLINE_BUDGET = 1e-3
 
 SHARED_TAU = 0.5
 """Seconds in which the device's factor follows; a neighbour's burst comes and goes in about that."""
+PASSING = 30.0
+"""Seconds in which the factor forgets: what lasts is no interference but how long batches take here, and becomes part of the
+corrections. Otherwise the two could drift apart for ever, one up and one down."""
 OWN_TAU = 5.0
 """Seconds in which a correction follows: ten times slower, so that what all suffer ends up in the factor."""
 LONGEST_STEP = 0.3
 """Of a residual is what one batch may move an estimate by, however long ago the last one was."""
 FIRST_SEEN = 8
 """Batches of a knot whose mean is its correction: the warm-up ran on made-up inputs, with nobody else on the core."""
+WARM_UP_COUNTS = 2
+"""For so many batches counts what the warm-up measured, the best of many runs."""
 FRESH = 30.0
 """Seconds after which a correction that nothing confirmed is forgotten: one bad measurement must not rule a size out for good."""
 CALIBRATED = 3
@@ -98,8 +103,9 @@ class Interference:
         elapsed = now - self._at
         self._at = now
         if elapsed > 0:
-            step = self.factor * (1.0 + min(elapsed / (elapsed + SHARED_TAU), LONGEST_STEP) * (ratio - 1.0))
-            self.factor = min(max(step, 0.25), 16.0)
+            step = min(elapsed / (elapsed + SHARED_TAU), LONGEST_STEP) * (ratio - 1.0) * self.factor
+            back = min(elapsed / PASSING, 1.0) * (1.0 - self.factor)
+            self.factor = min(max(self.factor + step + back, 0.25), 16.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,6 +147,7 @@ class LatencyTable:
         self.next_look = 0.0
         """By the clock of `observe`; batches that end before it need not be reported."""
         self._rebuild_at = 0.0
+        self._is_measured = bool(seconds)
         self._set_prior(seconds)
         if before is not None:
             self._inherit(before)
@@ -237,39 +244,51 @@ class LatencyTable:
         self.next_look = now + OBSERVE_EVERY
         knot = self._knot_of(rows)
         count = self._counts[knot] if now - self._seen[knot] <= FRESH else 0
+        base = self._corrections[knot] if count else self._values[knot] / self._prior[knot]
         expected = self._at(rows) * self._device.factor
-        if count and took > OUTLIER * expected:
+        residual = took / expected - 1.0
+        if residual > OUTLIER - 1.0:
             self._outliers += 1
-            took = OUTLIER * expected
+            residual = OUTLIER - 1.0
         if count >= CALIBRATED:
-            self._judge(took / expected, now)
-        own = took / (_interpolate(self._knots, self._prior, rows, self._is_stepped) * self._device.factor)
-        moved = self._weight(knot, count, now) * (own - self._corrections[knot])
-        self._corrections[knot] += moved
+            residual = self._judge(residual, now)
+        elif self._is_measured:
+            residual = min(residual, 1.0)
+        own = expected * (1.0 + residual) / (_interpolate(self._knots, self._prior, rows, self._is_stepped) * self._device.factor)
+        moved = self._weight(knot, count, now) * (own - base)
+        self._corrections[knot] = base + moved
         self._counts[knot] = count + 1
         self._seen[knot] = now
-        if not count or abs(moved) > 0.02 * self._corrections[knot] or now >= self._rebuild_at:
+        if not count or abs(moved) > 0.02 * base or now >= self._rebuild_at:
             self._rebuild(now)
 
-    def _judge(self, ratio: float, now: float) -> None:
-        """How far off estimates are that should be right, and whether that is the device's doing."""
-        residual = ratio - 1.0
+    def _judge(self, residual: float, now: float) -> float:
+        """How far off an estimate was that should be right: the device's part in it, how uncertain estimates are, and what of it counts.
+
+        A stray batch counts for as much as the worst of the usual ones, here and there alike: else its factor would sink and the
+        corrections rise for ever. Three of them in a row are not stray.
+        """
         distance = abs(residual)
-        is_far = distance > FAR * self._deviation
-        if is_far and not self._in_a_row:
+        usual = FAR * self._deviation
+        if distance > usual and not self._in_a_row:
             self._far_since = now
-        self._in_a_row = self._in_a_row + 1 if is_far else 0
-        if not is_far or self._in_a_row >= CHANGED:
-            # A stray batch says nothing of the others' time, which three of them would.
-            self._device.observe(ratio, now)
+        self._in_a_row = self._in_a_row + 1 if distance > usual else 0
         self._deviation += 0.05 * (min(distance, 1.0) - self._deviation)
         # A quantile by small steps: at rest when 19 steps down make one step up.
         step = 0.2 * max(self._deviation, LEAST_SPREAD)
         self._spread = max(self._spread + (step * UPPER if residual > self._spread else step * (UPPER - 1.0)), LEAST_SPREAD)
+        if 0 < self._in_a_row < CHANGED:
+            residual = max(min(residual, usual), -usual)
+        self._device.observe(1.0 + residual, now)
+        return residual
 
     def _weight(self, knot: int, count: int, now: float) -> float:
         elapsed = now - self._seen[knot]
-        weight = 1.0 / (count + 1) if count < FIRST_SEEN else min(elapsed / (elapsed + OWN_TAU), LONGEST_STEP)
+        weight = (
+            1.0 / (count + 1 + self._is_measured * WARM_UP_COUNTS)
+            if count < FIRST_SEEN
+            else min(elapsed / (elapsed + OWN_TAU), LONGEST_STEP)
+        )
         if self._in_a_row >= CHANGED and now - self._far_since > 2.0 * SHARED_TAU:
             return max(weight, 0.5)
         return weight

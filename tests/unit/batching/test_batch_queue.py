@@ -3,7 +3,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from headrace.batching.batch_queue import NEVER, PATIENCE, BatchQueue
+from headrace.batching.batch_queue import LEVEL, NEVER, PATIENCE, BatchQueue
 from headrace.batching.latency import BATCH_OVERHEAD, LatencyTable
 from headrace.requests import Answer, Outlet, Reply, Ticket
 
@@ -70,6 +70,21 @@ def test_a_request_without_deadline_does_not_starve_beside_others_that_have_one(
             break
     assert patient.is_taken
     assert now <= PATIENCE
+
+
+def test_a_low_priority_is_passed_over_for_a_while_and_no_longer() -> None:
+    queue = BatchQueue(limit=1)
+    low = ticket(priority=2)
+    queue.push(low)
+    for step in range(1, 1000):
+        now = step * 0.01
+        urgent = ticket(priority=1, expires=now + 30)
+        urgent.enqueued = now
+        queue.push(urgent)
+        if queue.take() == [low]:
+            break
+    assert low.is_taken
+    assert LEVEL - PATIENCE <= now <= LEVEL
 
 
 def test_different_keys_never_share_a_batch() -> None:
@@ -216,7 +231,7 @@ def test_random_walk_every_ticket_leaves_once_and_in_order(seed: int) -> None:
             batch = queue.take(known, now)
             assert bool(batch) == bool(waiting)
             if batch:
-                urgency = [(t.priority, min(t.expires, t.enqueued + PATIENCE)) for t in waiting]
+                urgency = [t.priority * LEVEL + min(t.expires, t.enqueued + PATIENCE) for t in waiting]
                 assert urgency[waiting.index(batch[0])] == min(urgency)
                 assert len({t.key for t in batch}) == 1
                 assert len(batch) == 1 or sum(t.rows for t in batch) <= queue.limit

@@ -215,14 +215,15 @@ def test_what_batches_take_is_learnt_and_failed_ones_teach_nothing() -> None:
         tickets = busy(world)
         world.advance(2.0)
         world.batcher.settle(tickets, [answer])
-        assert (world.batcher.latencies.mean(1) > 1.5 * before) == (answer == b"")
+        assert (world.batcher.latencies.mean(1) > 1.2 * before) == (answer == b"")
 
 
 def test_refusals_end_by_themselves_when_the_model_is_fast_again() -> None:
     world = World(seconds=LINEAR)
-    tickets = busy(world)
-    world.advance(4.0)
-    world.batcher.settle(tickets, [b""])
+    for _ in range(5):
+        tickets = busy(world)
+        world.advance(4.0)
+        world.batcher.settle(tickets, [b""])
     for _ in range(2):
         with pytest.raises(QueueTimeout):
             world.submit("fair", answer_by=world.now + 1.0)
