@@ -316,9 +316,9 @@ TOGETHER = ("mixed",)
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
 
-def lay_out(plan: Plan, entrant: Entrant, models: dict[str, Path], *, levels: int = 0) -> Path:
+def lay_out(scratch: Path, entrant: Entrant, models: dict[str, Path], *, levels: int = 0) -> Path:
     """A repository for this contestant alone, since its model.toml is its own."""
-    repository = plan.scratch / f"{entrant.name}-{'-'.join(models)}"
+    repository = scratch / f"{entrant.name}-{'-'.join(models)}"
     write_repository(repository, models)
     text = entrant.settings + (f"priority_levels = {levels}\n" if levels else "")
     for model in models:
@@ -348,7 +348,7 @@ def _run_one(plan: Plan, report: Report, scenario: str, number: int, entrant: En
         if scenario == "swap":
             _run_swap(plan, report, number, entrant, models, log)
             return
-        repository = lay_out(plan, entrant, models, levels=len(PRIORITIES) if scenario in TOGETHER else 0)
+        repository = lay_out(plan.scratch, entrant, models, levels=len(PRIORITIES) if scenario in TOGETHER else 0)
         with entrant.contestant.server(repository, next(iter(models)), cores=plan.server_cores, log=log) as server:
             server.wait_ready([*models], plan.start_timeout)
             with Client(server.address, plan.connections) as client:
