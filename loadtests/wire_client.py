@@ -127,6 +127,8 @@ class Client:
             link, stream = placed
             link.connection.cancel(stream)
             self._dirty.add(link)
+        elif self._waiting and self._waiting[0].token == token:  # who waits longest mostly has the earliest deadline
+            self._waiting.popleft()
         elif self._waiting:
             self._waiting = deque(each for each in self._waiting if each.token != token)
 

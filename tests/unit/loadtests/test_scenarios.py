@@ -33,10 +33,10 @@ def test_a_fixed_setting_that_is_none_is_refused(text: str) -> None:
 
 
 def test_fixed_settings_take_part_beside_the_first_server_and_the_last_stays_last() -> None:
-    entrants = entrants_of([headrace("native"), triton_peer("x.sh")], [(16, 2.0)])
-    assert [entrant.name for entrant in entrants] == ["headrace-native-16x2ms", "headrace-native", "triton"]
-    assert entrants[0].settings == "max_batch_size = 16\nmax_queue_delay_ms = 2\n"
-    assert [entrant.takes_repositories for entrant in entrants] == [True, True, False]
+    entrants = entrants_of([headrace("native"), triton_peer("x.sh")], [(16, 2.0), (1, 0.0)])
+    assert [entrant.name for entrant in entrants] == ["headrace-native", "headrace-native-16x2ms", "headrace-native-1x0ms", "triton"]
+    assert entrants[1].settings == "max_batch_size = 16\nmax_queue_delay_ms = 2\n"
+    assert [entrant.takes_repositories for entrant in entrants] == [True, True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_the_repository_begins_with_one_version_and_its_settings(load: SwapLoad)
 
 
 def test_versions_are_published_while_the_block_runs(load: SwapLoad) -> None:
-    with load.publishing(2, 0.0):
+    with load.publishing(2, 0.0, sorted(os.sched_getaffinity(0))):
         pass
     assert load.published == {1, 2, 3}
     assert (load.repository / MLP / "3" / "model.onnx").is_file()
