@@ -34,8 +34,10 @@ from loadtests.wire_client import Client, ConnectFailed
 SPIN = 2e-4
 """Seconds before a request is due from which on the client no longer sleeps: waking up takes a part of that."""
 PATIENCE = 10.0
-"""Seconds after the last request for which answers are waited for."""
+"""Seconds after the last request for which answers are waited for; three times the run besides, for what piled up in it."""
 LEAD = 0.01
+LEAD_EACH = 3e-6
+"""Seconds for what is prepared before the first request, for each of them."""
 MOST_TEXTS = 100
 
 Kinds = NDArray[np.int64]
@@ -59,7 +61,7 @@ def run_open_loop(
     """
     slo, may_miss = bound or (math.inf, len(times))
     clock, total = time.monotonic, len(times)
-    begin = clock() + LEAD
+    begin = clock() + LEAD + LEAD_EACH * total
     due = (begin + times).tolist()
     timeouts = np.array([math.inf if call.timeout is None else call.timeout for call in calls])[kinds]
     deadlines = [None if at == math.inf else at for at in (begin + times + timeouts).tolist()]
@@ -69,7 +71,7 @@ def run_open_loop(
     sent, done, statuses = [math.nan] * total, [math.nan] * total, [int(Status.UNANSWERED)] * total
     texts: Counter[str] = Counter()
     first_pending, left, expired, missed = 0, total, 0, 0
-    end = begin + seconds + PATIENCE
+    end = begin + 4 * seconds + PATIENCE
     with _no_collector():
         while left:
             now = clock()

@@ -94,6 +94,8 @@ class Plan:
     connections: int
     server_cores: Sequence[int]
     client_core: int
+    spare_cores: Sequence[int]
+    """For a publisher: neither the server's nor the client's, where there are others."""
     seed: int
     scratch: Path
     logs: Path
@@ -219,17 +221,19 @@ class Bracket:
 def capacity(bench: Bench) -> Run | None:
     """The run at the highest rate that held; None where none did. Those on the way are entered as `capacity probe`."""
     closed = bench.closed_rate(bench.model)
-    bracket, best = Bracket(0.0, 1.2 * closed), None
+    bracket, best, invalid = Bracket(0.0, 1.2 * closed), None, 0
     while not bracket.is_narrow and bracket.high > NEAR * closed:
         rate = bracket.middle
         run = bench.poisson(bench.model, rate, bench.seconds_for(rate), is_probe=True)
         bench.enter(replace(run, scenario="capacity probe"))
         holds = run.valid and run.is_slo_shown
         best = run if holds else best
+        invalid += not run.valid
         bracket = bracket.narrowed(holds)
     if best is None:
         name = f"round {bench.number + 1}, {bench.entrant.name}, {bench.model}"
-        bench.report.failures.append(f"{name}: no rate was shown to keep p99 within {bench.slo(bench.model) * 1e3:.3g} ms")
+        text = f"no rate was shown to keep p99 within {bench.slo(bench.model) * 1e3:.3g} ms"
+        bench.report.failures.append(f"{name}: {text}; the client was late in {invalid} of the runs")
     return best
 
 
@@ -316,9 +320,9 @@ TOGETHER = ("mixed",)
 # -- rounds ------------------------------------------------------------------------------------------------------------
 
 
-def lay_out(plan: Plan, entrant: Entrant, models: dict[str, Path], *, levels: int = 0) -> Path:
+def lay_out(scratch: Path, entrant: Entrant, models: dict[str, Path], *, levels: int = 0) -> Path:
     """A repository for this contestant alone, since its model.toml is its own."""
-    repository = plan.scratch / f"{entrant.name}-{'-'.join(models)}"
+    repository = scratch / f"{entrant.name}-{'-'.join(models)}"
     write_repository(repository, models)
     text = entrant.settings + (f"priority_levels = {levels}\n" if levels else "")
     for model in models:
@@ -348,7 +352,7 @@ def _run_one(plan: Plan, report: Report, scenario: str, number: int, entrant: En
         if scenario == "swap":
             _run_swap(plan, report, number, entrant, models, log)
             return
-        repository = lay_out(plan, entrant, models, levels=len(PRIORITIES) if scenario in TOGETHER else 0)
+        repository = lay_out(plan.scratch, entrant, models, levels=len(PRIORITIES) if scenario in TOGETHER else 0)
         with entrant.contestant.server(repository, next(iter(models)), cores=plan.server_cores, log=log) as server:
             server.wait_ready([*models], plan.start_timeout)
             with Client(server.address, plan.connections) as client:
@@ -382,7 +386,7 @@ def _run_swap(plan: Plan, report: Report, number: int, entrant: Entrant, models:
             rate = bench.closed_rate(model) * FRACTIONS[1]
             bench.enter(replace(bench.poisson(model, rate, plan.seconds), scenario="swap, steady"))
             swaps = max(1, int(plan.seconds / plan.every))
-            with load.publishing(swaps, plan.every):
+            with load.publishing(swaps, plan.every, plan.spare_cores):
                 bench.enter(bench.poisson(model, rate, plan.seconds))
             text = f"round {number + 1}, swap, {entrant.name}, {model}"
             report.failures += [f"{text}: {failure}" for failure in load.judge()]
@@ -404,11 +408,11 @@ def fixed_setting(text: str) -> tuple[int, float]:
 
 
 def entrants_of(contestants: Sequence[Contestant], fixed: Sequence[tuple[int, float]]) -> list[Entrant]:
-    """With fixed settings the first contestant takes part once more for each. They come before it, so that Triton stays last."""
+    """With fixed settings the first contestant takes part once more for each. They come next to it, so that Triton stays last."""
     entrants = [Entrant(contestant) for contestant in contestants]
-    for rows, delay in fixed:
+    for rows, delay in reversed(fixed):
         named = Contestant(f"{contestants[0].name}-{rows}x{delay:g}ms", contestants[0].command)
-        entrants.insert(0, Entrant(named, f"max_batch_size = {rows}\nmax_queue_delay_ms = {delay:g}\n"))
+        entrants.insert(1, Entrant(named, f"max_batch_size = {rows}\nmax_queue_delay_ms = {delay:g}\n"))
     return entrants
 
 
@@ -480,7 +484,7 @@ def main() -> int:
     entrants = _check(parser, arguments, entrants_of(selected_contestants(parser, arguments), arguments.fixed))
     seconds = arguments.seconds or {"soak": 300.0, "swap": 20.0}.get(arguments.scenario, 5.0)
     exit_on_terminate()
-    # This process keeps off the server's core, and so do publishers that it starts.
+    spare = os.sched_getaffinity(0) - {arguments.client_core, *arguments.server_cores}
     os.sched_setaffinity(0, {arguments.client_core})
     settings: dict[str, object] = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -509,6 +513,7 @@ def main() -> int:
             connections=arguments.connections,
             server_cores=arguments.server_cores,
             client_core=arguments.client_core,
+            spare_cores=sorted(spare) or [arguments.client_core],
             seed=arguments.seed,
             scratch=scratch,
             logs=arguments.logs or scratch / "logs",

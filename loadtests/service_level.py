@@ -27,6 +27,7 @@ class Status(IntEnum):
     """gRPC's codes that matter here, and how else a call can end. Other codes of gRPC occur too, as plain numbers."""
 
     OK = 0
+    CANCELLED = 1
     DEADLINE_EXCEEDED = 4
     RESOURCE_EXHAUSTED = 8
     UNAVAILABLE = 14
@@ -92,9 +93,9 @@ class Results:
 class Counts:
     """Every request is exactly one of these.
 
-    `late`: answered right after the SLO, or not by its deadline, from when on a client hears of nothing else (a server may say
-    CANCELLED then). `refused`: told at once that it will not be served (RESOURCE_EXHAUSTED, UNAVAILABLE, or DEADLINE_EXCEEDED while
-    there was time). `failed`: whatever else.
+    `late`: answered right after the SLO, or not by its deadline, from when on a client hears of nothing else. `refused`: told that it
+    will not be served while there was time: RESOURCE_EXHAUSTED, UNAVAILABLE, DEADLINE_EXCEEDED, or CANCELLED, by which servers on gRPC's
+    C core shed what they have not taken up (grpc.server.max_pending_requests). `failed`: whatever else.
     """
 
     ok: int
@@ -114,7 +115,7 @@ def count(results: Results, slo: float | None) -> Counts:
     with np.errstate(invalid="ignore"):
         in_time = right & (results.done - results.intended <= (math.inf if slo is None else slo))
         had_time = results.done < results.intended + results.timeouts
-    refusing = (Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED)
+    refusing = (Status.RESOURCE_EXHAUSTED, Status.UNAVAILABLE, Status.DEADLINE_EXCEEDED, Status.CANCELLED)
     refused = np.isin(statuses, refusing) & had_time
     is_grpc = (statuses > Status.OK) & (statuses < Status.RESET)
     late = (right & ~in_time) | (is_grpc & ~had_time) | (statuses == Status.EXPIRED)

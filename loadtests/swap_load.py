@@ -18,7 +18,7 @@ from tritonclient.grpc import service_pb2
 
 from loadtests.calls import grpc_frame
 from loadtests.encoded_calls import EncodedCall, is_message
-from loadtests.process import ServerFailed
+from loadtests.process import ServerFailed, pinned
 from loadtests.publisher import Publisher
 from loadtests.variants import Answers, Verdict, make_variants
 
@@ -77,11 +77,11 @@ class SwapLoad:
         return int(named) if self.answers.judge(int(named), number, body[5:]) in (Verdict.EQUAL, Verdict.CLOSE) else 0
 
     @contextmanager
-    def publishing(self, count: int, every: float) -> Iterator[None]:
+    def publishing(self, count: int, every: float, cores: Sequence[int]) -> Iterator[None]:
         """Versions from 2 on, one every so many seconds from the beginning of the block; they are staged before it. Waits for the last."""
         command = [sys.executable, "-m", "loadtests.publisher", str(self.repository), str(self.staging), self.answers.model]
         command += [*map(str, self.artifacts), "--first", "2", "--count", str(count), "--every", str(every)]
-        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        with subprocess.Popen(pinned(command, cores), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:

@@ -21,6 +21,8 @@ UNIX = "unix:"
 RECEIVE = 65_536
 """Bytes at a time: a larger buffer would come from the kernel afresh for each read."""
 CONNECT_TIMEOUT = 5.0
+RECONNECT_TIMEOUT = 0.5
+"""Nothing else is sent meanwhile, which shows as lag."""
 RETRY = 0.1
 """Seconds before a server that was away is asked again."""
 
@@ -77,7 +79,7 @@ class Client:
         self.goodbyes: Counter[str] = Counter()
         try:
             for _ in range(connections):
-                self._add(_connect(address))
+                self._add(_connect(address, CONNECT_TIMEOUT))
         except BaseException:
             self.close()
             raise
@@ -122,13 +124,17 @@ class Client:
         return True
 
     def give_up(self, token: int) -> None:
-        """Cancel a call, as clients do at their deadline. Does nothing for one that has ended."""
+        """Cancel a call, as clients do at their deadline. Does nothing for one that `exchange` has returned."""
         if (placed := self._where.pop(token, None)) is not None:
             link, stream = placed
             link.connection.cancel(stream)
             self._dirty.add(link)
+        elif self._waiting and self._waiting[0].token == token:  # who waits longest mostly has the earliest deadline
+            self._waiting.popleft()
         elif self._waiting:
             self._waiting = deque(each for each in self._waiting if each.token != token)
+        if self._ended:
+            self._ended = [each for each in self._ended if each[0] != token]
 
     def exchange(self, wait: float) -> list[tuple[float, list[Ended]]]:
         """Send what there is, wait for so many seconds at most for something to arrive, and take it: when, and which calls ended."""
@@ -220,7 +226,7 @@ class Client:
         """Whether there is a connection again. Not tried more often than RETRY says while the server is away."""
         while len(self._turns) < self._wanted and now >= self._retry_at:
             try:
-                self._add(_connect(self.address))
+                self._add(_connect(self.address, RECONNECT_TIMEOUT))
             except ConnectFailed:
                 self._retry_at = now + RETRY
             else:
@@ -232,18 +238,18 @@ class Client:
         self._turns.append(link)
 
 
-def _connect(address: str) -> _Link:
+def _connect(address: str, timeout: float) -> _Link:
     """Connected, and the server's settings known."""
     connection = Connection("localhost" if address.startswith(UNIX) else address)
     opened: socket.socket | None = None
     try:
         if address.startswith(UNIX):
             opened = socket.socket(socket.AF_UNIX)
-            opened.settimeout(CONNECT_TIMEOUT)
+            opened.settimeout(timeout)
             opened.connect(address.removeprefix(UNIX))
         else:
             host, _, port = address.rpartition(":")
-            opened = socket.create_connection((host.strip("[]"), int(port)), CONNECT_TIMEOUT)
+            opened = socket.create_connection((host.strip("[]"), int(port)), timeout)
             opened.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         opened.sendall(connection.take())
         while not connection.is_settled:

@@ -16,7 +16,7 @@ from headrace.errors import BackendError, QueueFull
 from headrace.requests import Answer, InferRequest
 from headrace.testing import serve_in_process
 from scripted_models import ScriptedVersion, echo, infer_message
-from served_models import Serve
+from served_models import Serve, serve_on
 
 from loadtests.calls import grpc_frame
 from loadtests.encoded_calls import AnswerCheck, EncodedCall, encode_calls
@@ -73,6 +73,20 @@ async def test_the_server_is_told_of_deadlines_and_of_calls_given_up(serve: Serv
         await offer(served.address, [call(HELD, timeout=0.2)], 20)
         await version.until(lambda: len(version.cancelled) == 20)
     assert all(reply.deadline is not None for reply in version.replies)
+
+
+async def test_calls_beyond_the_servers_streams_wait_for_one_and_keep_their_deadlines() -> None:
+    # On the transport that bounds them. gRPC's C core does not, and sheds calls at random instead.
+    async with serve_on("native")(ScriptedVersion(script=by_value)) as served:
+
+        def run() -> Results:
+            with Client(served.address, connections=1) as client:  # 1024 streams
+                calls = [call(HELD, timeout=0.5), call(RIGHT, timeout=5.0)]
+                kinds = np.repeat([0, 1], [1500, 100])
+                return run_open_loop(client, calls, np.linspace(0.0, 0.3, 1600), kinds, 0.3)
+
+        results = await asyncio.to_thread(run)
+    assert count(results, None) == Counts(ok=100, late=1500, refused=0, failed=0, wrong=0)
 
 
 async def test_large_tensors_pass_through_the_windows(serve: Serve) -> None:

@@ -20,9 +20,9 @@ PROCESSES: dict[str, Callable[[float, float, int], Times]] = {
 @pytest.mark.parametrize("name", PROCESSES)
 @pytest.mark.parametrize("rate", [40.0, 3000.0])
 def test_each_process_has_the_rate_that_was_asked_for_in_the_mean(name: str, rate: float) -> None:
-    counts = [len(PROCESSES[name](rate, 20.0, seed)) for seed in range(40)]
+    counts = [len(PROCESSES[name](rate, 8.0, seed)) for seed in range(40)]
     spread = np.std(counts) / np.sqrt(len(counts))
-    assert abs(np.mean(counts) - rate * 20.0) <= 4 * spread + 1
+    assert abs(np.mean(counts) - rate * 8.0) <= 4 * spread + 1
 
 
 @pytest.mark.parametrize("name", PROCESSES)
