@@ -10,6 +10,8 @@ from loadtests.report_scenarios import Load, Run
 from loadtests.statistics import Spread
 
 CONCURRENT = "concurrent calls"
+APART = 1.2
+"""Loads that are nearer to each other are repetitions, in which a line over the load says nothing."""
 WIDE = 10.0
 """Rates that are further apart than this need a logarithmic axis to be told apart at its low end."""
 MODEL_IS_THE_LIMIT = 0.2
@@ -67,7 +69,7 @@ def scenario_plots(found: Sequence[Load]) -> list[Plot]:
     plots = []
     for scenario, model in dict.fromkeys((load.scenario, load.model) for load in found):
         chosen = [load for load in found if (load.scenario, load.model) == (scenario, model)]
-        if any(count > 1 for count in _steps(chosen).values()):
+        if _span(chosen) > APART and any(count > 1 for count in _steps(chosen).values()):
             plots += _load_plots(f"{scenario}-{model}", f"{model}, {scenario}", chosen)
         plots.append(_distribution_plot(f"{scenario}-{model}", f"{model}, {scenario}", chosen))
     return [plot for plot in plots if plot.series]

@@ -1,8 +1,8 @@
 """The pictures of the report: measured numbers in, SVG text out.
 
 They carry their own style: everything that is ink takes the page's colour, so that they read on light and dark ground alike, also
-as a file of their own. Colours are Okabe and Ito's, which people with any colour vision tell apart; markers and labels at the ends
-of the lines say the same again.
+as a file of their own. Colours are Okabe and Ito's, which people with any colour vision tell apart, the blue lighter for dark ground;
+markers and labels at the ends of the lines say the same again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from loadtests.statistics import Spread
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+PALETTE = ("#1F86C7", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"
 """A colour that no line has; it becomes `currentColor`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from loadtests.comparison import Table
@@ -99,12 +100,34 @@ class Load:
 
     @property
     def histogram(self) -> Histogram:
-        """Of all rounds together. Raises ValueError where their edges differ."""
-        kinds = {run.histogram.edges_s for run in self.runs if run.histogram.total}
-        if len(kinds) > 1:
-            raise ValueError(f"{self.contestant}, {self.model}: expected histograms with the same edges, got {len(kinds)} kinds")
-        counts = [run.histogram.counts for run in self.runs if run.histogram.total]
-        return Histogram(next(iter(kinds)), tuple(map(sum, zip(*counts, strict=True)))) if kinds else Histogram()
+        """Of all rounds together. Raises ValueError where they were not counted on one grid."""
+        try:
+            return merge([run.histogram for run in self.runs if run.histogram.total])
+        except ValueError as error:
+            raise ValueError(f"{self.contestant}, {self.model}: {error}") from error
+
+
+def merge(histograms: Sequence[Histogram]) -> Histogram:
+    """Each may be a part of a common grid, from its first count to its last. Raises ValueError where bins overlap."""
+    bins: dict[tuple[float, float], int] = {}
+    for histogram in histograms:
+        for edges, count in zip(pairwise(histogram.edges_s), histogram.counts, strict=True):
+            bins[edges] = bins.get(edges, 0) + count
+    edges_s: list[float] = []
+    counts: list[int] = []
+    for (low, high), count in sorted(bins.items()):
+        if edges_s and low < edges_s[-1]:
+            raise ValueError(
+                f"expected histograms on one grid, got a bin from {low:g} to {high:g} s beside one that ends at {edges_s[-1]:g} s"
+            )
+        if not edges_s:
+            edges_s.append(low)
+        elif low > edges_s[-1]:
+            edges_s.append(low)
+            counts.append(0)
+        edges_s.append(high)
+        counts.append(count)
+    return Histogram(tuple(edges_s), tuple(counts))
 
 
 def loads(runs: Sequence[Run]) -> list[Load]:
