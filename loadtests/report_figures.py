@@ -65,10 +65,11 @@ def _filled(series: Iterable[Series]) -> list[Series]:
 
 
 def scenario_plots(found: Sequence[Load]) -> list[Plot]:
-    """Of those in which rates are compared: two steps or more."""
+    """Of loads that the generator kept up with; over the load where there is more than one."""
     plots = []
-    for scenario, model in dict.fromkeys((load.scenario, load.model) for load in found):
-        chosen = [load for load in found if (load.scenario, load.model) == (scenario, model)]
+    kept = [load for load in found if load.is_valid]
+    for scenario, model in dict.fromkeys((load.scenario, load.model) for load in kept):
+        chosen = [load for load in kept if (load.scenario, load.model) == (scenario, model)]
         if _span(chosen) > APART and any(count > 1 for count in _steps(chosen).values()):
             plots += _load_plots(f"{scenario}-{model}", f"{model}, {scenario}", chosen)
         plots.append(_distribution_plot(f"{scenario}-{model}", f"{model}, {scenario}", chosen))
@@ -128,7 +129,7 @@ def _distribution_plot(key: str, title: str, found: Sequence[Load]) -> Plot:
     """Of each server at the highest load that it answered wholly and in time; at its lowest where it never did."""
     series, said = [], []
     for name in _steps(found):
-        own = [load for load in found if load.contestant == name and load.is_valid and load.histogram.total]
+        own = [load for load in found if load.contestant == name and load.histogram.total]
         if own:
             load = ([load for load in own if load.is_complete] or own[:1])[-1]
             histogram = load.histogram

@@ -147,10 +147,12 @@ def scenario_table(title: str, found: Sequence[Load]) -> Table:
     header = ["scenario", "model", "server", "offered/s", "goodput/s", "p50 ms", "p99 ms", "late", "refused", "failed", "CPU-µs/request"]
     rows = [_row(load) for load in found]
     bounds = {run.slo for load in found for run in load.runs if run.slo}
-    note = "Latency is of right answers, from the intended time of sending."
+    note = "Latency is of right answers, from the intended time of sending; lag is how late the generator sent."
     if bounds:
         note += f" Goodput counts those within the SLO of {' or '.join(f'{slo * 1e3:.3g} ms' for slo in sorted(bounds))}."
-    return Table(title, [*header, "generator lag p99 ms", "valid"], rows, note)
+    if not all(load.is_valid for load in found):
+        note += " Where it says no, the generator was late, and the figures say nothing about the server: the pictures leave them out."
+    return Table(title, [*header, "lag p99 ms", "valid"], rows, note)
 
 
 def _row(load: Load) -> list[str]:
