@@ -9,7 +9,7 @@ ONNX Runtime alone at its best batch size, on the same core in the same round: t
 CPU time a row as a fraction of the server's a request. Both are 1 where the server costs nothing beside the model.
 
 With `--echo TRANSPORT` a server that infers nothing is among the contestants. It is the ceiling of the transport; another table has each
-server's rate as a fraction of it.
+server as a fraction of it.
 
 Read the CPU time first: it does not depend on what else the machine does. A rate does; see the noise probe below the tables.
 """
