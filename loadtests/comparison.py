@@ -94,6 +94,11 @@ class Report:
         rates = {c.round: c.rate for c in self.select(baseline, model, concurrency)}
         return [c.rate / rates[c.round] for c in self.select(contestant, model, concurrency) if c.round in rates]
 
+    def cpu_ratios(self, contestant: str, baseline: str, model: str, concurrency: int) -> list[float]:
+        """The baseline's CPU time a request over the contestant's, round by round."""
+        used = {c.round: c.cpu_us for c in self.select(baseline, model, concurrency)}
+        return [used[c.round] / c.cpu_us for c in self.select(contestant, model, concurrency) if c.round in used and c.cpu_us]
+
 
 @dataclass(frozen=True, slots=True)
 class Table:
@@ -165,10 +170,11 @@ def _echo_table(report: Report, contestants: Sequence[str], models: Sequence[str
     for model in models:
         for contestant in contestants:
             for echo in echoes_of(contestant, contestants):
-                ratios = [report.ratios(contestant, echo, model, concurrency) for concurrency in concurrencies]
-                rows.append([model, contestant, echo, *(Spread.of(values).text() if values else "-" for values in ratios)])
-    header = ["model", "server", "of", *(f"at {concurrency}" for concurrency in concurrencies)]
-    return Table("Fraction of the rate of a server that infers nothing", header, rows)
+                for quantity, ratios in (("rate", report.ratios), ("CPU time", report.cpu_ratios)):
+                    cells = [ratios(contestant, echo, model, concurrency) for concurrency in concurrencies]
+                    rows.append([model, contestant, echo, quantity, *(Spread.of(values).text() if values else "-" for values in cells)])
+    header = ["model", "server", "of", "by", *(f"at {concurrency}" for concurrency in concurrencies)]
+    return Table("Fraction of a server that infers nothing", header, rows)
 
 
 def _rates_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> Table:

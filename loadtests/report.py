@@ -75,6 +75,7 @@ def _scenarios_section(name: str, content: Mapping[str, Any]) -> Section:
         _conditions(content),
         str(content.get("command", "")),
         list(content.get("failures", ())),
+        " ".join(content.get("notes", ())),
     )
 
 

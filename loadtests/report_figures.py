@@ -10,6 +10,8 @@ from loadtests.report_scenarios import Load, Run
 from loadtests.statistics import Spread
 
 CONCURRENT = "concurrent calls"
+APART = 1.2
+"""Loads that are nearer to each other are repetitions, in which a line over the load says nothing."""
 WIDE = 10.0
 """Rates that are further apart than this need a logarithmic axis to be told apart at its low end."""
 MODEL_IS_THE_LIMIT = 0.2
@@ -63,11 +65,12 @@ def _filled(series: Iterable[Series]) -> list[Series]:
 
 
 def scenario_plots(found: Sequence[Load]) -> list[Plot]:
-    """Of those in which rates are compared: two steps or more."""
+    """Of loads that the generator kept up with; over the load where there is more than one."""
     plots = []
-    for scenario, model in dict.fromkeys((load.scenario, load.model) for load in found):
-        chosen = [load for load in found if (load.scenario, load.model) == (scenario, model)]
-        if any(count > 1 for count in _steps(chosen).values()):
+    kept = [load for load in found if load.is_valid]
+    for scenario, model in dict.fromkeys((load.scenario, load.model) for load in kept):
+        chosen = [load for load in kept if (load.scenario, load.model) == (scenario, model)]
+        if _span(chosen) > APART and any(count > 1 for count in _steps(chosen).values()):
             plots += _load_plots(f"{scenario}-{model}", f"{model}, {scenario}", chosen)
         plots.append(_distribution_plot(f"{scenario}-{model}", f"{model}, {scenario}", chosen))
     return [plot for plot in plots if plot.series]
@@ -126,7 +129,7 @@ def _distribution_plot(key: str, title: str, found: Sequence[Load]) -> Plot:
     """Of each server at the highest load that it answered wholly and in time; at its lowest where it never did."""
     series, said = [], []
     for name in _steps(found):
-        own = [load for load in found if load.contestant == name and load.is_valid and load.histogram.total]
+        own = [load for load in found if load.contestant == name and load.histogram.total]
         if own:
             load = ([load for load in own if load.is_complete] or own[:1])[-1]
             histogram = load.histogram

@@ -1,8 +1,8 @@
 """The pictures of the report: measured numbers in, SVG text out.
 
 They carry their own style: everything that is ink takes the page's colour, so that they read on light and dark ground alike, also
-as a file of their own. Colours are Okabe and Ito's, which people with any colour vision tell apart; markers and labels at the ends
-of the lines say the same again.
+as a file of their own. Colours are Okabe and Ito's, which people with any colour vision tell apart, the blue lighter for dark ground;
+markers and labels at the ends of the lines say the same again.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 from loadtests.statistics import Spread
 
-PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
+PALETTE = ("#1F86C7", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 INK = "#010203"
 """A colour that no line has; it becomes `currentColor`."""
@@ -33,6 +33,8 @@ STYLE: dict[Any, Any] = {  # keyed by what Matplotlib types as its own literals
 }  # fmt: skip
 WIDTH, HEIGHT = 8.0, 4.2
 """Inches, at 72 units each."""
+LEFT = 0.115
+"""Of the width, before the axes: as wide as the widest number beside them and their unit."""
 _GROUND = "<style>:root{color:#1c1e21}@media(prefers-color-scheme:dark){:root{color:#dfe2e6}}</style>"
 
 
@@ -78,7 +80,7 @@ def draw(plot: Plot, colours: Mapping[str, int]) -> str:
     """
     with mpl.rc_context({**STYLE, "svg.hashsalt": plot.key}):
         figure = Figure(figsize=(WIDTH, HEIGHT))
-        axes = figure.add_axes((0.115, 0.14, 0.655, 0.75))
+        axes = figure.add_axes((LEFT, 0.14, 1 - LEFT - _label_width(plot) / WIDTH, 0.75))
         axes.set_title(plot.title)
         axes.set_xlabel(plot.x_label)
         axes.set_ylabel(plot.y_label)
@@ -162,6 +164,11 @@ def _label_ends(axes: Axes, plot: Plot, colours: Mapping[str, int]) -> None:
         hue = PALETTE[colours[series.name] % len(PALETTE)]
         axes.plot([1.005, 1.03], [at, height], transform=axes.transAxes, color=hue, linewidth=0.9, clip_on=False, alpha=0.8)
         axes.text(1.038, height, series.name, transform=axes.transAxes, color=hue, va="center", fontsize=10, fontweight="bold")
+
+
+def _label_width(plot: Plot) -> float:
+    """Inches that the names beside the lines take, with the strokes that lead to them."""
+    return 0.4 + 0.098 * max((len(series.name) for series in plot.series), default=0)
 
 
 def spread_apart(wanted: Sequence[float], gap: float) -> list[float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from loadtests.comparison import Table
@@ -99,12 +100,34 @@ class Load:
 
     @property
     def histogram(self) -> Histogram:
-        """Of all rounds together. Raises ValueError where their edges differ."""
-        kinds = {run.histogram.edges_s for run in self.runs if run.histogram.total}
-        if len(kinds) > 1:
-            raise ValueError(f"{self.contestant}, {self.model}: expected histograms with the same edges, got {len(kinds)} kinds")
-        counts = [run.histogram.counts for run in self.runs if run.histogram.total]
-        return Histogram(next(iter(kinds)), tuple(map(sum, zip(*counts, strict=True)))) if kinds else Histogram()
+        """Of all rounds together. Raises ValueError where they were not counted on one grid."""
+        try:
+            return merge([run.histogram for run in self.runs if run.histogram.total])
+        except ValueError as error:
+            raise ValueError(f"{self.contestant}, {self.model}: {error}") from error
+
+
+def merge(histograms: Sequence[Histogram]) -> Histogram:
+    """Each may be a part of a common grid, from its first count to its last. Raises ValueError where bins overlap."""
+    bins: dict[tuple[float, float], int] = {}
+    for histogram in histograms:
+        for edges, count in zip(pairwise(histogram.edges_s), histogram.counts, strict=True):
+            bins[edges] = bins.get(edges, 0) + count
+    edges_s: list[float] = []
+    counts: list[int] = []
+    for (low, high), count in sorted(bins.items()):
+        if edges_s and low < edges_s[-1]:
+            raise ValueError(
+                f"expected histograms on one grid, got a bin from {low:g} to {high:g} s beside one that ends at {edges_s[-1]:g} s"
+            )
+        if not edges_s:
+            edges_s.append(low)
+        elif low > edges_s[-1]:
+            edges_s.append(low)
+            counts.append(0)
+        edges_s.append(high)
+        counts.append(count)
+    return Histogram(tuple(edges_s), tuple(counts))
 
 
 def loads(runs: Sequence[Run]) -> list[Load]:
@@ -124,10 +147,12 @@ def scenario_table(title: str, found: Sequence[Load]) -> Table:
     header = ["scenario", "model", "server", "offered/s", "goodput/s", "p50 ms", "p99 ms", "late", "refused", "failed", "CPU-µs/request"]
     rows = [_row(load) for load in found]
     bounds = {run.slo for load in found for run in load.runs if run.slo}
-    note = "Latency is of right answers, from the intended time of sending."
+    note = "Latency is of right answers, from the intended time of sending; lag is how late the generator sent."
     if bounds:
         note += f" Goodput counts those within the SLO of {' or '.join(f'{slo * 1e3:.3g} ms' for slo in sorted(bounds))}."
-    return Table(title, [*header, "generator lag p99 ms", "valid"], rows, note)
+    if not all(load.is_valid for load in found):
+        note += " Where it says no, the generator was late, and the figures say nothing about the server: the pictures leave them out."
+    return Table(title, [*header, "lag p99 ms", "valid"], rows, note)
 
 
 def _row(load: Load) -> list[str]:

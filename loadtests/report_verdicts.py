@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from loadtests.comparison import Report, Table
+from loadtests.comparison import ECHO, Cell, Report, Table, echoes_of
 from loadtests.statistics import Spread
 
 TOLERANCE = 0.05
+ENOUGH_ROUNDS = 3
+"""On both sides. The range of one round is a point, and all points are disjoint."""
 
 
 class Verdict(Enum):
     WORSE = "worse"
     SAME = "same"
     BETTER = "better"
+    UNKNOWN = "too few rounds"
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +29,7 @@ class Quantity:
 
 RATE = Quantity("requests/s", True)
 CPU = Quantity("CPU-µs/request", False)
+OF_ECHO = Quantity("rate / echo's", True)
 P50 = Quantity("p50 ms", False)
 P99 = Quantity("p99 ms", False)
 
@@ -37,6 +42,8 @@ class Change:
     quantity: Quantity
     before: Spread
     after: Spread
+    rounds: int
+    """Of the side that has fewer."""
 
     @property
     def ratio(self) -> Spread:
@@ -47,6 +54,8 @@ class Change:
     @property
     def verdict(self) -> Verdict:
         """The same unless the ranges are disjoint and the medians apart by more than TOLERANCE."""
+        if self.rounds < ENOUGH_ROUNDS:
+            return Verdict.UNKNOWN
         is_disjoint = self.after.low > self.before.high or self.after.high < self.before.low
         if not is_disjoint or abs(self.ratio.median - 1) <= TOLERANCE:
             return Verdict.SAME
@@ -55,29 +64,38 @@ class Change:
 
 def changes(before: Report, after: Report) -> list[Change]:
     """Of everything that both have measured."""
-    found = []
-    for model in after.models:
-        for contestant in after.contestants:
-            for concurrency in after.concurrencies:
-                ours, theirs = before.select(contestant, model, concurrency), after.select(contestant, model, concurrency)
-                if not ours or not theirs:
-                    continue
-                pairs = {
-                    RATE: ([cell.rate for cell in ours], [cell.rate for cell in theirs]),
-                    CPU: ([cell.cpu_us for cell in ours], [cell.cpu_us for cell in theirs]),
-                    P50: ([cell.p50 * 1e3 for cell in ours], [cell.p50 * 1e3 for cell in theirs]),
-                    P99: ([cell.p99 * 1e3 for cell in ours], [cell.p99 * 1e3 for cell in theirs]),
-                }
-                found += [
-                    Change(contestant, model, concurrency, quantity, Spread.of(old), Spread.of(new))
-                    for quantity, (old, new) in pairs.items()
-                    if min(old) > 0
-                ]
-    return found
+    return [
+        Change(contestant, model, concurrency, quantity, Spread.of(old), Spread.of(new), min(len(old), len(new)))
+        for model in after.models
+        for contestant in after.contestants
+        for concurrency in after.concurrencies
+        for quantity, values in _quantities(contestant, model, concurrency).items()
+        if (old := values(before)) and (new := values(after)) and min(old) > 0
+    ]
+
+
+def _quantities(contestant: str, model: str, concurrency: int) -> dict[Quantity, Callable[[Report], list[float]]]:
+    """Each with what gives its value in every round of a report."""
+
+    def of_cells(value: Callable[[Cell], float]) -> Callable[[Report], list[float]]:
+        return lambda report: [value(cell) for cell in report.select(contestant, model, concurrency)]
+
+    def of_echo(report: Report) -> list[float]:
+        echoes = echoes_of(contestant, report.contestants)
+        return report.ratios(contestant, echoes[0], model, concurrency) if len(echoes) == 1 else []
+
+    return {
+        RATE: of_cells(lambda cell: cell.rate),
+        OF_ECHO: of_echo,
+        CPU: of_cells(lambda cell: cell.cpu_us),
+        P50: of_cells(lambda cell: cell.p50 * 1e3),
+        P99: of_cells(lambda cell: cell.p99 * 1e3),
+    }
 
 
 def is_worse(found: list[Change]) -> bool:
-    return any(change.verdict is Verdict.WORSE for change in found)
+    """Whether a server that infers is. When an echo is, the machine is, or the transport."""
+    return any(change.verdict is Verdict.WORSE and not change.contestant.startswith(ECHO) for change in found)
 
 
 def verdict_table(found: list[Change]) -> Table:
@@ -95,7 +113,7 @@ def verdict_table(found: list[Change]) -> Table:
         for change in found
     ]
     note = (
-        f"Worse or better: the ranges of the rounds are disjoint and the medians more than {TOLERANCE:.0%} apart. Two results "
-        "of one machine on two days differ also in the machine: look whether the servers that have not changed say the same."
+        f"Worse or better: of {ENOUGH_ROUNDS} rounds or more the ranges are disjoint and the medians more than {TOLERANCE:.0%} apart. "
+        "Two results of one machine on two days differ also in the machine: where an echo has changed, only the rates over it compare."
     )
     return Table("After over before", ["model", "concurrent", "server", "of", "before", "after", "ratio", "verdict"], rows, note)

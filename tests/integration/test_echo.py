@@ -2,6 +2,9 @@
 
 import os
 import signal
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import grpc
@@ -57,3 +60,13 @@ def test_an_echo_stops_when_told_to(transport: str, number: signal.Signals, tmp_
         os.kill(server.pid, number)
         assert server._process is not None
         assert server._process.wait(10) == 0
+
+
+def test_an_address_that_is_taken_is_said(transport: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        command = [sys.executable, "-m", "loadtests.echo", transport, "--address", address]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert f"echo: could not listen on {address}: " in done.stderr
+    assert "Traceback" not in done.stderr

@@ -92,7 +92,8 @@ def test_an_echo_is_not_what_others_are_set_in_proportion_to() -> None:
 def test_the_fraction_of_an_echo_is_taken_within_a_round() -> None:
     cells = [cell(0, "headrace-native", 20.0), cell(0, "echo-native", 40.0), cell(1, "echo-native", 40.0), cell(1, "headrace-native", 30.0)]
     text = render(Report({}, {}, cells), ["headrace-native", "echo-native"], ["mlp"], [16])
-    assert "| mlp   | headrace-native | echo-native | 0.625 (0.500-0.750) |" in text
+    assert "| mlp   | headrace-native | echo-native | rate     | 0.625 (0.500-0.750) |" in text
+    assert "| mlp   | headrace-native | echo-native | CPU time | 1.00                |" in text
 
 
 def test_the_summary_has_one_row_a_server(report: Report) -> None:

@@ -78,7 +78,7 @@ def test_page_pictures_and_table_are_written(tmp_path: Path, monkeypatch: pytest
 
 
 def test_two_results_are_compared_by_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    before, after = result(tmp_path, "a.json", comparison(100.0, 110.0)), result(tmp_path, "b.json", comparison(60.0, 66.0))
+    before, after = result(tmp_path, "a.json", comparison(100.0, 105.0, 110.0)), result(tmp_path, "b.json", comparison(60.0, 63.0, 66.0))
     assert run(monkeypatch, "--compare", before, after, "--out", tmp_path / "r.html") == 1
     assert "worse" in capsys.readouterr().out
     assert '<td class="worse">worse</td>' in (tmp_path / "r.html").read_text()

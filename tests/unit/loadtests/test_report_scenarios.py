@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from loadtests.report_figures import scenario_plots
-from loadtests.report_scenarios import loads, read_runs, scenario_table
+from loadtests.report_scenarios import Histogram, loads, merge, read_runs, scenario_table
 
 EDGES = [0.001, 0.002, 0.004, 0.008]
 
@@ -30,11 +30,22 @@ def test_histograms_of_the_rounds_are_added() -> None:
     assert load.histogram.counts == (180, 18, 2)
 
 
-def test_histograms_with_other_edges_are_refused() -> None:
+def test_histograms_that_cover_parts_of_a_grid_are_joined() -> None:
+    grid = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    parts = [Histogram((0.0, 1.0, 2.0), (1, 2)), Histogram((4.0, 5.0), (3,)), Histogram((1.0, 2.0, 3.0), (4, 5))]
+    assert merge(parts) == Histogram(tuple(grid), (1, 6, 5, 0, 3))
+
+
+def test_histograms_on_other_grids_are_refused() -> None:
     other = {"edges_s": [0.0, 1.0], "counts": [100]}
     (load,) = loads(read_runs(content(run("ours", 0, 100), run("ours", 1, 100, histogram=other))))
-    with pytest.raises(ValueError, match="got 2 kinds"):
+    with pytest.raises(ValueError, match="ours, mlp: expected histograms on one grid"):
         _ = load.histogram
+
+
+def test_repetitions_of_one_load_get_no_line_over_the_load() -> None:
+    plots = scenario_plots(loads(read_runs(content(run("a", 0, 100), run("a", 0, 100)))))
+    assert [plot.key for plot in plots] == ["distribution-rates-mlp"]
 
 
 def test_a_run_without_a_number_is_named() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from loadtests.comparison import Cell, Report
-from loadtests.report_verdicts import CPU, RATE, Change, Verdict, changes, is_worse, verdict_table
+from loadtests.report_verdicts import CPU, OF_ECHO, RATE, Change, Quantity, Verdict, changes, is_worse, verdict_table
 from loadtests.statistics import Spread
 
 
@@ -11,8 +11,8 @@ def report(contestant: str, *rates: float) -> Report:
     )
 
 
-def change(before: Spread, after: Spread, quantity: object = RATE) -> Change:
-    return Change("ours", "mlp", 16, quantity, before, after)  # type: ignore[arg-type]
+def change(before: Spread, after: Spread, quantity: Quantity = RATE, rounds: int = 3) -> Change:
+    return Change("ours", "mlp", 16, quantity, before, after, rounds)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +42,33 @@ def test_only_what_both_have_measured_is_compared() -> None:
     assert changes(report("ours", 100.0), report("theirs", 100.0)) == []
 
 
+def test_few_rounds_give_no_verdict() -> None:
+    assert change(Spread(100, 100, 100), Spread(10, 10, 10), rounds=2).verdict is Verdict.UNKNOWN
+
+
 def test_one_that_is_worse_makes_the_whole_worse() -> None:
-    found = changes(report("ours", 100.0, 101.0), report("ours", 50.0, 51.0))
+    found = changes(report("ours", 100.0, 101.0, 102.0), report("ours", 50.0, 51.0, 52.0))
     assert [each.verdict for each in found] == [Verdict.WORSE, Verdict.SAME, Verdict.SAME, Verdict.SAME]
     assert is_worse(found)
-    assert verdict_table(found).rows[0][3:] == ["requests/s", "100 (100-101)", "50.5 (50.0-51.0)", "0.502 (0.495-0.510)", "worse"]
+    assert verdict_table(found).rows[0][3:] == ["requests/s", "101 (100-102)", "51.0 (50.0-52.0)", "0.505 (0.490-0.520)", "worse"]
+
+
+def test_an_echo_that_is_worse_is_the_machine() -> None:
+    found = changes(report("echo-native", 100.0, 101.0, 102.0), report("echo-native", 50.0, 51.0, 52.0))
+    assert found[0].verdict is Verdict.WORSE
+    assert not is_worse(found)
+
+
+def test_the_rate_over_the_echos_does_not_depend_on_the_machine() -> None:
+    def measured(factor: float) -> Report:
+        both = report("headrace-native", *(factor * rate for rate in (50.0, 52.0, 54.0)))
+        both.cells += report("echo-native", *(factor * rate for rate in (100.0, 104.0, 108.0))).cells
+        return both
+
+    (found,) = (each for each in changes(measured(1.0), measured(0.3)) if each.quantity is OF_ECHO)
+    assert found.verdict is Verdict.SAME
+    assert found.ratio.median == pytest.approx(1.0)
 
 
 def test_nothing_is_worse_than_itself() -> None:
-    assert not is_worse(changes(report("ours", 100.0, 50.0), report("ours", 100.0, 50.0)))
+    assert not is_worse(changes(report("ours", 100.0, 50.0, 70.0), report("ours", 100.0, 50.0, 70.0)))
