@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loadtests.comparison import ECHO
 from loadtests.process import ServerProcess, free_port
 
 HEADRACE = (
@@ -26,6 +27,8 @@ class Contestant:
 
     name: str
     command: str
+    is_echo: bool = False
+    """Infers nothing, so that its answers are not a model's and it counts no batches."""
 
     def server(self, repository: Path, model: str, *, cores: Sequence[int], log: Path, max_batch: int = 64) -> ServerProcess:
         """Not yet started; enter it."""
@@ -47,6 +50,12 @@ def headrace(transport: str | None = None) -> Contestant:
     if transport is None:
         return Contestant("headrace", HEADRACE)
     return Contestant(f"headrace-{transport}", f"{HEADRACE} --transport {transport}")
+
+
+def echo(transport: str, mode: str = "empty") -> Contestant:
+    """The server of `loadtests.echo`."""
+    command = f"{shlex.quote(sys.executable)} -m loadtests.echo {transport} --address 127.0.0.1:{{port}} --mode {mode}"
+    return Contestant(f"{ECHO}{transport}", command, is_echo=True)
 
 
 def triton_peer(script: str) -> Contestant:
@@ -94,3 +103,24 @@ def selected_contestants(parser: argparse.ArgumentParser, arguments: argparse.Na
     if not contestants:
         parser.error("nobody to measure")
     return contestants
+
+
+def add_echo_arguments(parser: argparse.ArgumentParser) -> None:
+    """For measurements that need neither right answers nor statistics."""
+    parser.add_argument(
+        "--echo",
+        action="append",
+        default=[],
+        choices=["native", "grpcio"],
+        help="measure a server that infers nothing on this transport, repeatable",
+    )
+    parser.add_argument(
+        "--echo-mode",
+        default="empty",
+        choices=["empty", "tensor"],
+        help="what it answers: nothing, or the tensors it was sent (default: empty)",
+    )
+
+
+def selected_echoes(arguments: argparse.Namespace) -> list[Contestant]:
+    return [echo(transport, arguments.echo_mode) for transport in arguments.echo]

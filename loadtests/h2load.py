@@ -26,14 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from loadtests.calls import (
     INFER_PATH,
     Arrays,
+    BatchCount,
     check_answer,
     count_batches,
     grpc_frame,
+    infer_inputs,
     infer_message,
     open_session,
     right_answer,
@@ -113,7 +117,7 @@ def spread_calls(concurrency: int, calls_per_connection: int = CALLS_PER_CONNECT
 
 
 class H2Load:
-    """Runs of one call against one server. `core`: where h2load runs; None leaves it to the system."""
+    """Runs of one call against one server, at HOST:PORT or unix:PATH. `core`: where h2load runs; None leaves it to the system."""
 
     def __init__(self, address: str, body: Path, *, core: int | None, program: str = "h2load") -> None:
         self._address = address
@@ -149,7 +153,9 @@ class H2Load:
         command = [self._program, "-n", str(requests), "-c", str(connections), "-m", str(streams), "-d", str(self._body)]
         command += ["-H", "content-type: application/grpc", "-H", "te: trailers"]
         command += ["--log-file", str(log)] if log else []
-        command.append(f"http://{self._address}{INFER_PATH}")
+        is_unix = self._address.startswith("unix:")
+        command += ["--base-uri", self._address] if is_unix else []
+        command.append(f"http://{'localhost' if is_unix else self._address}{INFER_PATH}")
         used = os.times()
         try:
             done = subprocess.run(
@@ -196,9 +202,39 @@ class Call:
     def check(self, address: str) -> None:
         check_answer(address, self.model, self.inputs, self.expected)
 
+    def count(self, address: str) -> BatchCount | None:
+        """None where the server has no ModelStatistics: not all of the protocol's servers do."""
+        try:
+            return count_batches(address, self.model)
+        except InferenceServerException as error:
+            if error.status() != "StatusCode.UNIMPLEMENTED":
+                raise
+            return None
+
     def write_body(self, path: Path) -> Path:
         path.write_bytes(grpc_frame(infer_message(self.model, self.inputs)))
         return path
+
+
+@dataclass(frozen=True, slots=True)
+class EchoedCall:
+    """The same request to a server that infers nothing: whatever it answers is right, unless it is an error, and it counts no rows."""
+
+    call: Call
+
+    @property
+    def model(self) -> str:
+        return self.call.model
+
+    def check(self, address: str) -> None:
+        with triton.InferenceServerClient(address) as client:
+            client.infer(self.model, infer_inputs(self.call.inputs), client_timeout=30.0)
+
+    def count(self, address: str) -> BatchCount | None:
+        return None
+
+    def write_body(self, path: Path) -> Path:
+        return self.call.write_body(path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,11 +244,12 @@ class MeasuredRun:
     cpu_seconds: float
     """Of the server while the load ran."""
     rows_per_batch: float
+    """0 where the server does not count them."""
 
 
 def measure_call(
     address: str,
-    call: Call,
+    call: Call | EchoedCall,
     concurrencies: list[int],
     seconds: float,
     *,
@@ -228,16 +265,22 @@ def measure_call(
         runs = []
         for concurrency in concurrencies:
             rate = generator.warm_up(concurrency)
-            batches, used = count_batches(address, call.model), server_cpu()
+            before, used = call.count(address), server_cpu()
             load = generator.measure(concurrency, rate, seconds, response_bytes)
             used = server_cpu() - used
-            batches = count_batches(address, call.model) - batches
-            # Triton counts a request after it has answered it: those of the warm-up may come late, and the last ones of the run.
-            if abs(batches.rows - load.requests) > concurrency:
-                raise LoadFailed(f"{load.requests} requests were answered, but the server's statistics count {batches.rows} rows")
-            runs.append(MeasuredRun(concurrency, load, used, batches.mean))
+            runs.append(MeasuredRun(concurrency, load, used, _rows_per_batch(before, call.count(address), load.requests, concurrency)))
         call.check(address)
     return runs
+
+
+def _rows_per_batch(before: BatchCount | None, after: BatchCount | None, requests: int, concurrency: int) -> float:
+    if before is None or after is None:
+        return 0.0
+    batches = after - before
+    # Triton counts a request after it has answered it: those of the warm-up may come late, and the last ones of the run.
+    if abs(batches.rows - requests) > concurrency:
+        raise LoadFailed(f"{requests} requests were answered, but the server's statistics count {batches.rows} rows")
+    return batches.mean
 
 
 def parse_concurrencies(text: str) -> list[int]:
@@ -272,7 +315,7 @@ def main() -> None:
                     f"{load.rate:.0f}",
                     f"{load.p50 * 1e3:.2f}",
                     f"{load.p99 * 1e3:.2f}",
-                    f"{run.rows_per_batch:.1f}",
+                    f"{run.rows_per_batch:.1f}" if run.rows_per_batch else "-",
                     f"{load.client_cpu:.0%}",
                 ]
                 rows.append(cells)

@@ -49,6 +49,13 @@ def make_mlp(seed: int = 20_241, widths: Sequence[int] = MLP_WIDTHS) -> onnx.Mod
     return model
 
 
+def make_identity(shape: Sequence[int]) -> onnx.ModelProto:
+    """Input `x` to output `y`, FP32, unchanged: what is measured with it is how tensors come and go."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Identity", ["x"], ["y"])], "identity", [x], [y])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
 def write_repository(directory: Path, models: Mapping[str, Path | None]) -> dict[str, Path]:
     """Lay out each model as version 1 (None: the generated mlp) and return where its file is."""
     placed = {}

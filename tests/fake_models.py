@@ -9,7 +9,7 @@ from headrace.batching.latency import LatencyStats
 from headrace.errors import NotFound
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.view import IndexEntry, VersionView
+from headrace.lifecycle.view import Call, IndexEntry, Refused, VersionView, submit_each
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.counters import BatchTimes, VersionCounters
@@ -31,6 +31,9 @@ class FakeVersion:
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         raise AssertionError(f"nothing should be submitted to {self.model}:{self.version}")
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        return submit_each(self, calls, arrived)
 
     def run(self, requests: int, *, rows: int, padded_rows: int, seconds: float) -> FakeVersion:
         """Count a batch: a tenth of `seconds` for each of queue, input and output, the rest is the model's."""

@@ -13,7 +13,7 @@ from headrace.config import ModelConfig
 from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.view import IndexEntry
+from headrace.lifecycle.view import Call, IndexEntry, Refused, submit_each
 from headrace.requests import Answer, InferRequest, InputTensor, Reply, RequestedOutput
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.telemetry.counters import VersionCounters
@@ -68,6 +68,7 @@ class ScriptedVersion:
         self.held: dict[Reply, InferRequest] = {}
         self.cancelled: list[Reply] = []
         self._changed = asyncio.Event()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.pool = ThreadPoolExecutor(1)
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
@@ -75,22 +76,33 @@ class ScriptedVersion:
         self.signature.validate(request)
         self.requests.append(request)
         self.replies.append(reply)
-        self._changed.set()
-        answer = self.script(self, request)
-        reply.cancel = self._cancel
-        if answer is None:
-            self.held[reply] = request
-        else:
-            self.pool.submit(reply.outlet.deliver, [(reply, answer)])
+        try:
+            answer = self.script(self, request)
+            reply.cancel = self._cancel
+            if answer is None:
+                self.held[reply] = request
+            else:
+                self.pool.submit(reply.outlet.deliver, [(reply, answer)])
+        finally:
+            self._tell()
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        return submit_each(self, calls, arrived)
 
     def _cancel(self, reply: Reply) -> None:
         if self.held.pop(reply, None) is not None:
             self.cancelled.append(reply)
-            self._changed.set()
+            self._tell()
             reply.fail(Cancelled("the caller cancelled the request"))
 
+    def _tell(self) -> None:
+        """Requests come on the loop or, natively, on a thread of their own."""
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._changed.set)
+
     async def until(self, condition: Callable[[], bool]) -> None:
-        """Wait, on the loop that the requests come on, for what a request or its cancellation brings about."""
+        """Wait for what a request or its cancellation brings about."""
+        self._loop = asyncio.get_running_loop()
         async with asyncio.timeout(5):
             while not condition():
                 self._changed.clear()

@@ -16,6 +16,7 @@ from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.rpc.transports.native import NativeTransport
+from headrace.shared_memory import SharedMemoryRegions
 from scripted_models import ScriptedModels, ScriptedVersion
 
 TRANSPORTS: dict[str, Callable[[Services, ServerConfig], Transport]] = {"grpcio": GrpcioTransport, "native": NativeTransport}
@@ -55,9 +56,10 @@ def serve_on(name: str) -> Serve:
     ) -> AsyncIterator[Served]:
         models = ScriptedModels(*versions)
         config = ServerConfig(**{"grpc": ("127.0.0.1:0",), **options})
-        control = ControlService(models, server_name="triton", server_version="1.2.3", control=repository)
+        regions = SharedMemoryRegions() if config.client_shared_memory else None
+        control = ControlService(models, server_name="triton", server_version="1.2.3", control=repository, regions=regions)
         admin = None if view is None else AdminService(view, config.admin)
-        services = Services(InferenceService(models), control, HealthService(models), admin)
+        services = Services(InferenceService(models, regions=regions), control, HealthService(models), admin)
         transport = TRANSPORTS[name](services, config)
         served = Served(transport, services, models, await transport.start())
         try:

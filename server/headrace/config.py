@@ -88,10 +88,21 @@ class ServerConfig:
         2 << 30, "Messages that wait for their answers, on the native transport and per listener; beyond it requests are refused at once.",
         minimum=1024,
     )  # fmt: skip
+    client_shared_memory: bool = _option(
+        False,
+        "Clients on this machine may leave tensors in system shared memory. Off: whoever reaches the port could have the server read "
+        "and write every shared memory object that its user may.",
+    )
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")
     load_threads: int = _option(2, "Versions that load at the same time.", minimum=1)
+    shared_threads: int = _option(
+        0,
+        "Threads of one pool that all models of this process compute on, whatever their own `threads` say; 0: each instance has its own. "
+        "For many models on many cores: idle threads of the pool spin for some 40 ms, so leave it fewer than there are; 1 spins nowhere.",
+        minimum=0,
+    )
     cache_directory: str = _option("", "Where versions from object stores and registries are kept; empty: headrace below the user's cache.")
     cache_bytes: int = _option(20 << 30, "Size of that cache; what no loaded version uses is deleted, the longest unused first.", minimum=0)
     webhook_secret: str = _option(

@@ -48,10 +48,43 @@ class RequestedOutput:
         return f"RequestedOutput({self.name!r})"
 
 
-class InferRequest:
-    """A decoded ModelInfer message. `outputs` empty means all of them."""
+class Destination:
+    """Where an output goes that its client wants in a region of shared memory: `view` is that place, all of it."""
 
-    __slots__ = ("id", "inputs", "model", "outputs", "parameters", "version")
+    __slots__ = ("offset", "region", "view")
+
+    def __init__(self, region: str, offset: int, view: memoryview) -> None:
+        self.region = region
+        self.offset = offset
+        self.view = view
+
+    def __repr__(self) -> str:
+        return f"Destination({self.region!r}, {self.offset}, {self.view.nbytes} bytes)"
+
+
+Destinations = tuple[Destination | None, ...]
+
+
+class Likeness:
+    """Shared by requests that were found equal in all but their tensors' content and their id: names, datatypes, shapes, sizes of
+    the content, outputs, parameters. What is true of one for these alone is true of all, and may be kept in `known`, one thing by
+    whoever learnt it last; it is replaced whole, by any thread.
+    """
+
+    __slots__ = ("known",)
+
+    def __init__(self) -> None:
+        self.known: object = None
+
+
+class InferRequest:
+    """A decoded ModelInfer message. `outputs` empty means all of them. `likeness` where it is known to be like others.
+
+    `uses_regions`: some of its tensors lie in shared memory, and may be overwritten by the client once it has its answer.
+    `destinations`: where each of `outputs` goes, None where all go into the answer.
+    """
+
+    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "outputs", "parameters", "uses_regions", "version")
 
     def __init__(
         self,
@@ -61,13 +94,18 @@ class InferRequest:
         inputs: Sequence[InputTensor],
         outputs: Sequence[RequestedOutput] = (),
         parameters: Parameters = NO_PARAMETERS,
+        likeness: Likeness | None = None,
+        uses_regions: bool = False,
     ) -> None:
+        self.likeness = likeness
         self.model = model
         self.version = version
         self.id = id
         self.inputs = inputs
         self.outputs = outputs
         self.parameters = parameters
+        self.uses_regions = uses_regions
+        self.destinations: Destinations | None = None
 
     def __repr__(self) -> str:
         return f"InferRequest({self.model}:{self.version or 'default'}, id={self.id!r}, {self.inputs!r})"
@@ -111,13 +149,14 @@ class Ticket:
     """One admitted request in one version's batcher, which owns it until it is settled.
 
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
-    signature's order. Times are time.monotonic(): `arrived` when the message came, `enqueued` when the batcher took it,
-    `expires` when it must have started, `answer_by` when it is of no use any more (inf: never), which is not before that.
-    `is_bound`: it asked for this version, and no other may answer it.
+    signature's order, `destinations` in that of `outputs` (None: all go into the answer). Times are time.monotonic(): `arrived`
+    when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
+    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it.
     """
 
     __slots__ = (
-        "answer_by", "arrived", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key", "outputs",
+        "answer_by", "arrived", "destinations", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key",
+        "outputs",
         "priority", "reply", "rows",
     )  # fmt: skip
 
@@ -128,16 +167,17 @@ class Ticket:
         key: Hashable,
         inputs: Sequence[InputTensor | None],
         outputs: tuple[int, ...],
-        *,
         id: str = "",
         priority: int = 0,
         expires: float = float("inf"),
         answer_by: float = float("inf"),
         arrived: float = 0.0,
         is_bound: bool = False,
+        destinations: Destinations | None = None,
     ) -> None:
         self.answer_by = answer_by
         self.is_bound = is_bound
+        self.destinations = destinations
         self.reply = reply
         self.rows = rows
         self.key = key

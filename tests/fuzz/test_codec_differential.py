@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from headrace.errors import HeadraceError
+from headrace.errors import HeadraceError, InvalidRequest, NotFound
 from headrace.wire.codec import decode_request, decode_request_protobuf, scan_request
 from headrace.wire.messages import ModelInferRequest
 from headrace.wire.request_layouts import learn_layout
@@ -43,6 +43,34 @@ def parameter_maps(draw, target):
 
 
 @st.composite
+def regions_named(draw, target):
+    """Mostly a part of `Memory`; now and then one beside it, an unknown region, or a value of another type."""
+    if draw(st.integers(0, 3)):
+        return
+    target["shared_memory_region"].string_param = draw(st.sampled_from(["r", "r", "r", "s"]))
+    if draw(st.integers(0, 9)):
+        target["shared_memory_byte_size"].int64_param = draw(st.sampled_from([0, 4, 8, 12, 60, 2**62]))
+    if draw(st.integers(0, 1)):
+        target["shared_memory_offset"].int64_param = draw(st.sampled_from([-1, 0, 3, 61]))
+    if not draw(st.integers(0, 9)):
+        target["shared_memory_offset"].string_param = "1"
+
+
+class Memory:
+    """One region of 64 bytes, which hold an empty string from 0 on."""
+
+    def view(self, name, offset, byte_size):
+        if name != "r":
+            raise NotFound(name)
+        if offset + byte_size > 64:
+            raise InvalidRequest(name)
+        return memoryview(bytearray(64))[offset : offset + byte_size]
+
+
+MEMORY = Memory()
+
+
+@st.composite
 def strings(draw):
     elements = draw(st.lists(st.binary(max_size=3), max_size=3))
     return b"".join(len(element).to_bytes(4, "little") + element for element in elements)
@@ -55,13 +83,16 @@ def requests(draw):
     for _ in range(draw(st.integers(0, 3))):
         tensor = message.inputs.add(name=draw(names), datatype=draw(datatypes), shape=draw(st.lists(dimensions, max_size=3)))
         draw(parameter_maps(tensor.parameters))
+        draw(regions_named(tensor.parameters))
         if is_typed:
             _fill(draw, tensor.contents)
     for name in draw(st.lists(names, max_size=2)):
-        draw(parameter_maps(message.outputs.add(name=name).parameters))
+        output = message.outputs.add(name=name)
+        draw(parameter_maps(output.parameters))
+        draw(regions_named(output.parameters))
     draw(parameter_maps(message.parameters))
     contents = st.one_of(st.binary(max_size=12), strings(), st.sampled_from([bytes(200), bytes(20_000)]))
-    count = len(message.inputs) + draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
+    count = sum("shared_memory_region" not in tensor.parameters for tensor in message.inputs) + draw(st.sampled_from([0, 0, 0, 0, 1, -1]))
     message.raw_input_contents.extend(draw(contents) for _ in range(0 if is_typed else count))
     return message.SerializeToString()
 
@@ -122,7 +153,7 @@ def _varint(value, extra_bytes):
 def outcome(decode, message):
     """Everything that a request holds, or the error, in a form that compares by value."""
     try:
-        request = decode(message)
+        request = decode(message, MEMORY)
     except HeadraceError as error:
         # What follows is the parser's own reason. Where a message has several faults it names the one that it met first, which
         # depends on whether the raw contents were still there.
@@ -133,7 +164,8 @@ def outcome(decode, message):
 def described(request):
     inputs = [(t.name, t.datatype, t.shape, content(t.data), t.parameters) for t in request.inputs]
     outputs = [(output.name, output.parameters) for output in request.outputs]
-    return request.model, request.version, request.id, inputs, outputs, request.parameters
+    places = [place and (place.region, place.offset, place.view.nbytes) for place in request.destinations or ()]
+    return request.model, request.version, request.id, inputs, outputs, places, request.parameters
 
 
 def content(data):
@@ -170,12 +202,12 @@ def test_paths_agree_on_noise(message):
 def test_a_layout_never_reads_another_request_than_the_parser(message, data):
     """Learn from one message, read others of the same length that differ in a few bytes, wherever those are."""
     try:
-        layout = learn_layout(message, decode_request(message))
+        layout = learn_layout(message, decode_request(message, MEMORY))
     except HeadraceError:
         return
     if layout is None:
         return
-    assert described(layout.read(message)) == outcome(decode_request_protobuf, message)
+    assert described(layout.read(message, MEMORY)) == outcome(decode_request_protobuf, message)
     for _ in range(4):
         other = bytearray(message)
         for at in data.draw(st.lists(st.integers(0, len(message) - 1), min_size=1, max_size=3)):
@@ -187,7 +219,7 @@ def test_a_layout_never_reads_another_request_than_the_parser(message, data):
 
 def _fits(layout, message):
     try:
-        return layout.read(message) is not None
+        return layout.read(message, MEMORY) is not None
     except HeadraceError:
         return True
 

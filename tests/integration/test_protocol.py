@@ -260,7 +260,7 @@ async def test_the_stock_client_reads_the_servers_state(serve: Serve) -> None:
 
 async def test_what_is_not_offered_says_so(serve: Serve) -> None:
     async with serve() as served, triton.InferenceServerClient(served.address) as client:
-        for call in (client.get_trace_settings(), client.get_log_settings(), client.get_system_shared_memory_status()):
+        for call in (client.get_trace_settings(), client.get_log_settings()):
             with pytest.raises(InferenceServerException) as raised:
                 await call
             assert raised.value.status() == "StatusCode.UNIMPLEMENTED"

@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests",),
-    ("headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
+    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
     ("headrace.config",),
     ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
     (
@@ -61,7 +61,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
-        "headrace.batching.together",
         "headrace.sources.publish",
     ),
     (
@@ -81,16 +80,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench"),
     ("headrace.app",),
-    ("headrace.testing", "headrace.cli", "headrace.cli_models", "headrace.cli_tables"),
+    ("headrace.testing", "headrace.cli", "headrace.cli_bench", "headrace.cli_models", "headrace.cli_tables"),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
-    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.wire",
+    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

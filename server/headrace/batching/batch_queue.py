@@ -93,9 +93,9 @@ class BatchQueue:
         key = self._most_urgent()
         lane = self._lanes[key]
         if table is None:
-            count, rows = self._prefix(lane, self.limit)
+            count, rows = self._batch(lane)
         else:
-            count, rows = self._prefix_in_time(lane, table, now) if self.is_pressed(table, now) else self._prefix(lane, self.limit)
+            count, rows = self._prefix_in_time(lane, table, now) if self.is_pressed(table, now) else self._batch(lane)
             fill = table.fill(rows)
             if fill < rows:
                 count, rows = self._prefix(lane, fill)
@@ -106,7 +106,8 @@ class BatchQueue:
 
     def is_pressed(self, table: LatencyTable, now: float) -> bool:
         """Whether anybody's deadline comes before the largest batch could be done."""
-        return self.next_expiry() < now + table.mean(self.limit)
+        expiry = self.next_expiry()
+        return expiry != NEVER and expiry < now + table.mean(self.limit)
 
     def drop_late(self, table: LatencyTable, now: float, sustaining: int = 1) -> list[Ticket]:
         """Take out the heads that cannot be answered in time, as long as others wait behind them.
@@ -152,7 +153,7 @@ class BatchQueue:
         if not self._lanes:
             return False
         lane = self._lanes[self._most_urgent()]
-        count, rows = self._prefix(lane, self.limit)
+        count, rows = self._batch(lane)
         return rows >= self.limit or count < len(lane)
 
     def _most_urgent(self) -> Hashable:
@@ -241,6 +242,10 @@ class BatchQueue:
             rows += ticket.rows
             count += 1
         return count, rows
+
+    def _batch(self, lane: list[_Entry]) -> tuple[int, int]:
+        """As many of the lane as may run together. Mostly that is all that waits, which takes no counting."""
+        return (len(lane), self.rows) if self.rows <= self.limit and len(self._lanes) == 1 else self._prefix(lane, self.limit)
 
     @staticmethod
     def _prefix(lane: list[_Entry], limit: int) -> tuple[int, int]:

@@ -113,28 +113,45 @@ class Batcher:
     def submit(self, ticket: Ticket) -> None:
         """Admit a ticket. Raises QueueFull, NotReady, and DeadlineExceeded or QueueTimeout when it is too late or foreseeably will be;
         then nothing was kept."""
+        for _, error in self.submit_all([ticket]):
+            raise error
+
+    def submit_all(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, HeadraceError]]:
+        """Admit tickets that came together, before anybody looks at the queue. Those that are refused, with what `submit` raises."""
+        refused: list[tuple[Ticket, HeadraceError]] = []
         now = self._clock()
-        ticket.enqueued = now
         with self._lock:
-            if not self._is_open:
-                # A new one each time: an exception that is raised again and again grows by a traceback each time.
-                raise type(self._closed_reason)(str(self._closed_reason))
-            if ticket.expires != NEVER:
-                self._check_deadline(ticket, now)
-            if self._queue.is_full_for(ticket.rows):
-                self._shard.record_drop(DropCause.QUEUE_FULL)
-                self._refused_rows += ticket.rows
-                raise QueueFull(
-                    f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, "
-                    f"got {ticket.rows} more"
-                )
-            self._queue.push(ticket)
-            self._unsettled += 1
+            push = self._queue.push
+            for ticket in tickets:
+                ticket.enqueued = now
+                try:
+                    self._check(ticket, now)
+                except HeadraceError as error:
+                    refused.append((ticket, error.with_traceback(None)))
+                    continue
+                push(ticket)
+                self._unsettled += 1
+                if ticket.expires < self._armed:
+                    self._arm(ticket.expires)
             has_idle = bool(self._idle)
-            if ticket.expires < self._armed:
-                self._arm(ticket.expires)
         if has_idle:
             self._schedule(self._wake_one)
+        return refused
+
+    def _check(self, ticket: Ticket, now: float) -> None:
+        """Raises when the ticket cannot be admitted."""
+        if not self._is_open:
+            # A new one each time: an exception that is raised again and again grows by a traceback each time.
+            raise type(self._closed_reason)(str(self._closed_reason))
+        if ticket.expires != NEVER:
+            self._check_deadline(ticket, now)
+        if self._queue.is_full_for(ticket.rows):
+            self._shard.record_drop(DropCause.QUEUE_FULL)
+            self._refused_rows += ticket.rows
+            raise QueueFull(
+                f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, "
+                f"got {ticket.rows} more"
+            )
 
     def _check_deadline(self, ticket: Ticket, now: float) -> None:
         """Raises when it is over, or will be before the request could be answered."""
@@ -370,7 +387,7 @@ class Batcher:
 def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
     outlet = tickets[0].reply.outlet
     pairs = [(ticket.reply, answer) for ticket, answer in zip(tickets, answers, strict=True)]
-    if all(reply.outlet is outlet for reply, _ in pairs):
+    if len(pairs) == 1 or len({id(reply.outlet) for reply, _ in pairs}) == 1:
         outlet.deliver(pairs)
         return
     by_outlet: dict[int, tuple[Outlet, list[tuple[Reply, Answer]]]] = {}

@@ -10,6 +10,7 @@ from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.requests import InferRequest, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import Signature
+from headrace.wire.shared_memory import REGION
 
 NEVER = float("inf")
 _KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "triton_final_response"})
@@ -31,27 +32,21 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
         if timeout:
             answer_by = min(answer_by, arrived + timeout)
     expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
+    rows, key, reordered, outputs = admission
+    inputs = request.inputs if reordered is None else reordered
+    is_bound = bool(request.version)
+    # By position: keywords make it half as dear again.
     return Ticket(
-        reply,
-        admission.rows,
-        admission.key,
-        admission.inputs,
-        admission.output_indexes,
-        id=request.id,
-        priority=priority,
-        expires=expires,
-        answer_by=answer_by,
-        arrived=arrived,
-        is_bound=bool(request.version),
-    )
+        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations
+    )  # fmt: skip
 
 
 def _check_output_parameters(output: RequestedOutput) -> None:
     """Ignoring what a client asks of an output would give it another tensor than it expects."""
     if "classification" in output.parameters:
+        if REGION in output.parameters:
+            raise InvalidRequest(f"output '{output.name}': expected 'classification' or '{REGION}', got both")
         raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
-    if "shared_memory_region" in output.parameters:
-        raise Unsupported(f"output '{output.name}': Client shared memory is disabled on this server; leave the region out")
 
 
 def _check_reserved(parameters: Parameters) -> None:

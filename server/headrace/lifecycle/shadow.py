@@ -189,8 +189,9 @@ class _CopyOutlet:
 
 @dataclass(frozen=True, slots=True)
 class ShadowSnapshot:
-    """`dropped`: copies that were not made for want of room, or that the candidate did not take. `buckets`: of distances, one for
-    each of DISTANCE_EDGES and one beyond (not cumulative). A copy that the candidate failed is in the candidate's counters only."""
+    """`dropped`: copies that were not made (no room, or tensors in shared memory), or that the candidate did not take. `buckets`:
+    of distances, one for each of DISTANCE_EDGES and one beyond (not cumulative). A copy that the candidate failed is in the
+    candidate's counters only."""
 
     model: str
     candidate: int
@@ -236,12 +237,14 @@ class Shadow:
     def mirror(self, request: InferRequest, reply: Reply, candidate: Candidate) -> None:
         """Have `candidate` answer a copy too. Call it before the request is submitted to the live version; from any thread.
 
-        Never raises and never waits. A reply that is mirrored already, because it is submitted again, stays as it is.
+        Never raises and never waits. A reply that is mirrored already, because it is submitted again, stays as it is. A request
+        with tensors in its client's shared memory is not copied: once answered, the client writes the next inputs there, and the
+        copy's outputs must not come there.
         """
         with self._lock:
             if self._is_closed or isinstance(reply.outlet, _Tap):
                 return
-            if len(self._pairs) >= self._max_pairs:
+            if request.uses_regions or len(self._pairs) >= self._max_pairs:
                 self._dropped += 1
                 return
             pair = _Pair(request, candidate)

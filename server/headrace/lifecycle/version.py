@@ -23,6 +23,7 @@ from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
@@ -139,17 +140,30 @@ class ModelVersion:
     # -- serving: any thread -------------------------------------------------------------------------------------------
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        for _, _, error in self.submit_all([(request, reply)], arrived):
+            raise error
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
         batcher, effective = self._batcher, self.effective
         if batcher is None or effective is None:
-            raise NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
-        try:
-            ticket = make_ticket(effective.signature, effective.batching, request, reply, arrived)
-        except InvalidRequest:
-            batcher.count_failure(FailureReason.OTHER)
-            raise
-        reply.ticket = ticket
-        reply.cancel = batcher.cancel_reply
-        batcher.submit(ticket)
+            reason = f"Request for unknown model: '{self.model}' version {self.version} is not at ready state"
+            return [(request, reply, NotReady(reason)) for request, reply in calls]
+        refused: list[Refused] = []
+        tickets = []
+        signature, batching, cancel = effective.signature, effective.batching, batcher.cancel_reply
+        for request, reply in calls:
+            try:
+                ticket = make_ticket(signature, batching, request, reply, arrived)
+            except InvalidRequest as error:
+                batcher.count_failure(FailureReason.OTHER)
+                refused.append((request, reply, error.with_traceback(None)))
+                continue
+            reply.ticket = ticket
+            reply.cancel = cancel
+            tickets.append(ticket)
+        for ticket, refusal in batcher.submit_all(tickets):
+            refused.extend((request, reply, refusal) for request, reply in calls if reply is ticket.reply)
+        return refused
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 

@@ -16,17 +16,30 @@ from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import ModelsView, RepositoryControl, VersionView
 from headrace.rpc.repository_requests import read_load, read_unload
+from headrace.rpc.shared_memory import SharedMemoryService
+from headrace.shared_memory import SharedMemoryRegions
 from headrace.signature import TensorSpec
 from headrace.telemetry.counters import BatchSizeCounts, CounterSnapshot, Stage
 from headrace.wire import messages
 from headrace.wire.config_pbtxt import model_config_message
 from headrace.wire.messages import SERVICE, InferBatchStatistics, InferStatistics, ModelStatistics, StatisticDuration, method_classes
 
-EXTENSIONS = ("schedule_policy", "model_configuration", "binary_tensor_data", "parameters", "statistics")
-"""What ServerMetadata lists, in Triton's order. Clients switch features on by it: only what works may stand here."""
-
 CONTROL_EXTENSION = "model_repository"
-"""Where models are loaded and unloaded by request; in Triton's order it comes before all of ours."""
+"""Where models are loaded and unloaded by request."""
+
+SHARED_MEMORY_EXTENSION = "system_shared_memory"
+"""Where clients may use it."""
+
+EXTENSIONS = (
+    CONTROL_EXTENSION,
+    "schedule_policy",
+    "model_configuration",
+    SHARED_MEMORY_EXTENSION,
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+"""What ServerMetadata lists, in Triton's order. Clients switch features on by it: only what works may stand here."""
 
 CONTROL_REFUSED = "explicit model load / unload is not allowed if polling is enabled"
 """Triton's text, which its clients' tests assert, also where nothing is polled."""
@@ -42,7 +55,16 @@ Request = TypeVar("Request", bound=Message)
 class ControlService:
     """Owns the loads and unloads that are under way. Event loop only; every call raises HeadraceError for what it refuses."""
 
-    def __init__(self, models: ModelsView, *, server_name: str, server_version: str, control: RepositoryControl | None = None) -> None:
+    def __init__(
+        self,
+        models: ModelsView,
+        *,
+        server_name: str,
+        server_version: str,
+        control: RepositoryControl | None = None,
+        regions: SharedMemoryRegions | None = None,
+    ) -> None:
+        self._shared_memory = SharedMemoryService(regions)
         self._models = models
         self._control = control
         self._changes: set[asyncio.Task[None]] = set()
@@ -51,6 +73,7 @@ class ControlService:
 
     def methods(self) -> dict[str, Unary]:
         """Every unary method of the service but ModelInfer and the slow ones, by name; those not offered raise Unsupported."""
+        shared_memory = self._shared_memory
         offered = {
             "ServerLive": _unary(messages.ServerLiveRequest, self.server_live),
             "ServerReady": _unary(messages.ServerReadyRequest, self.server_ready),
@@ -60,6 +83,12 @@ class ControlService:
             "ModelConfig": _unary(messages.ModelConfigRequest, self.model_config),
             "ModelStatistics": _unary(messages.ModelStatisticsRequest, self.model_statistics),
             "RepositoryIndex": _unary(messages.RepositoryIndexRequest, self.repository_index),
+            "SystemSharedMemoryStatus": _unary(messages.SystemSharedMemoryStatusRequest, shared_memory.status),
+            "SystemSharedMemoryRegister": _unary(messages.SystemSharedMemoryRegisterRequest, shared_memory.register),
+            "SystemSharedMemoryUnregister": _unary(messages.SystemSharedMemoryUnregisterRequest, shared_memory.unregister),
+            "CudaSharedMemoryStatus": _unary(messages.CudaSharedMemoryStatusRequest, shared_memory.cuda_status),
+            "CudaSharedMemoryRegister": _unary(messages.CudaSharedMemoryRegisterRequest, shared_memory.cuda_register),
+            "CudaSharedMemoryUnregister": _unary(messages.CudaSharedMemoryUnregisterRequest, shared_memory.cuda_unregister),
         }
         served_elsewhere = {"ModelInfer", "ModelStreamInfer", *self.slow_methods()}
         others = [name for name in method_classes(SERVICE) if name not in {*offered, *served_elsewhere}]
@@ -95,8 +124,12 @@ class ControlService:
         return messages.ModelReadyResponse(ready=True)
 
     def server_metadata(self, request: messages.ServerMetadataRequest) -> messages.ServerMetadataResponse:
-        allows_control = self._control is not None and self._control.allows_control
-        extensions = (CONTROL_EXTENSION, *EXTENSIONS) if allows_control else EXTENSIONS
+        left_out = set()
+        if self._control is None or not self._control.allows_control:
+            left_out.add(CONTROL_EXTENSION)
+        if not self._shared_memory.is_on:
+            left_out.add(SHARED_MEMORY_EXTENSION)
+        extensions = [extension for extension in EXTENSIONS if extension not in left_out]
         return messages.ServerMetadataResponse(name=self._server_name, version=self._server_version, extensions=extensions)
 
     def model_metadata(self, request: messages.ModelMetadataRequest) -> messages.ModelMetadataResponse:

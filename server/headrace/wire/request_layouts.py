@@ -14,16 +14,18 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from headrace.requests import InferRequest, InputTensor, Parameters, RequestedOutput
+from headrace.requests import InferRequest, InputTensor, Likeness, Parameters, RequestedOutput
 from headrace.signature import Shape
 from headrace.wire.codec import RAW_INPUT_CONTENTS, SCAN_THRESHOLD, decode_request, read_field
+from headrace.wire.shared_memory import REGION, Regions, place
 from headrace.wire.tensors import decode_bytes_tensor
 
 _ID = 3
 
 
 class _Input(NamedTuple):
-    """One tensor of a layout and where its raw bytes are. `elements`: how many BYTES has, -1 for other datatypes."""
+    """One tensor of a layout and where its raw bytes are, nowhere for one in shared memory. `elements`: how many BYTES has, -1 for
+    other datatypes."""
 
     name: str
     datatype: str
@@ -37,7 +39,9 @@ class _Input(NamedTuple):
 class Layout:
     """One message with its raw contents and id cut out. Immutable."""
 
-    __slots__ = ("fixed", "id_start", "id_stop", "inputs", "is_large", "model", "outputs", "parameters", "version")
+    __slots__ = (
+        "fixed", "id_start", "id_stop", "inputs", "is_large", "likeness", "model", "outputs", "parameters", "uses_regions", "version",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,15 +54,18 @@ class Layout:
         self.model = request.model
         self.version = request.version
         self.parameters = request.parameters
+        self.uses_regions = request.uses_regions
         self.outputs: tuple[RequestedOutput, ...] = tuple(request.outputs)
         self.inputs = inputs
         self.fixed = fixed
         self.id_start, self.id_stop = id_span
         self.is_large = is_large
+        # The content of BYTES has a length of its own and its elements can be anything, but none of that is checked against a model.
+        self.likeness = Likeness()
 
-    def read(self, message: bytes) -> InferRequest | None:
+    def read(self, message: bytes, regions: Regions | None = None) -> InferRequest | None:
         """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
-        are malformed."""
+        are malformed, and what `place` does: which memory a region's name stands for is looked up each time."""
         for expected, start in self.fixed:
             if not message.startswith(expected, start):
                 return None
@@ -78,7 +85,10 @@ class Layout:
             else:
                 strings = decode_bytes_tensor(data, elements, name, self.model)
                 inputs.append(InputTensor(name, datatype, shape, strings, parameters))
-        return InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters)
+        request = InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.likeness, self.uses_regions)
+        if self.uses_regions:
+            place(request, regions)
+        return request
 
 
 MAX_FIXED_BYTES = 4096
@@ -86,8 +96,8 @@ MAX_FIXED_BYTES = 4096
 
 
 def learn_layout(message: bytes, request: InferRequest) -> Layout | None:
-    """The layout of a message and the request that it was decoded to. None for a message that has none: typed contents, raw
-    entries that belong to no input, or an encoding that the scan does not read."""
+    """The layout of a message and the request that it was decoded to. None for a message that has none: no inputs, typed contents,
+    raw entries that belong to no input, or an encoding that the scan does not read."""
     raw: list[tuple[int, int]] = []
     ids: list[tuple[int, int]] = []
     position = 0
@@ -101,21 +111,23 @@ def learn_layout(message: bytes, request: InferRequest) -> Layout | None:
             position = stop
     except (IndexError, ValueError):
         return None
-    if not raw or len(raw) != len(request.inputs) or len(ids) > 1:
+    is_raw = [REGION not in tensor.parameters for tensor in request.inputs]
+    if not request.inputs or len(raw) != sum(is_raw) or len(ids) > 1:
         return None
     fixed = _fixed_parts(message, sorted(raw + ids))
     if sum(len(part) for part, _ in fixed) > MAX_FIXED_BYTES:
         return None
+    spans = iter(raw)
     inputs = tuple(
         _Input(
             tensor.name,
             tensor.datatype,
             tensor.shape,
             tensor.parameters,
-            *span,
-            math.prod(tensor.shape) if tensor.datatype == "BYTES" else -1,
+            *(next(spans) if sent else (0, 0)),
+            math.prod(tensor.shape) if sent and tensor.datatype == "BYTES" else -1,
         )
-        for tensor, span in zip(request.inputs, raw, strict=True)
+        for tensor, sent in zip(request.inputs, is_raw, strict=True)
     )
     return Layout(request, inputs, fixed, ids[0] if ids else (0, 0), len(message) >= SCAN_THRESHOLD)
 
@@ -139,7 +151,8 @@ class RequestDecoder:
     must not pay each time, and this way the shapes in use push out the others."""
     MAX_LAYOUTS = 256
 
-    def __init__(self) -> None:
+    def __init__(self, regions: Regions | None = None) -> None:
+        self._regions = regions
         self._layouts: dict[int, Layout] = {}
         self._misses = 0
 
@@ -150,10 +163,10 @@ class RequestDecoder:
         """As `decode_request`."""
         layout = self._layouts.get(len(message))
         if layout is not None:
-            request = layout.read(message)
+            request = layout.read(message, self._regions)
             if request is not None:
                 return request
-        request = decode_request(message)
+        request = decode_request(message, self._regions)
         # Threads may lose a count to each other; what is learnt when is of no consequence.
         self._misses += 1
         if self._misses % self.LEARN_EVERY == 0:

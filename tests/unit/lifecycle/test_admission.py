@@ -4,7 +4,7 @@ import pytest
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest
 from headrace.lifecycle.admission import make_ticket
-from headrace.requests import InferRequest, InputTensor, Parameters, Reply, Ticket
+from headrace.requests import InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import CollectingOutlet
 
@@ -54,3 +54,10 @@ def test_priority_outside_the_levels_means_the_default(given: int, level: int) -
 def test_wrong_parameters_are_refused_by_name(parameters: Parameters) -> None:
     with pytest.raises(InvalidRequest, match=next(iter(parameters))):
         admit(parameters, BatchingConfig(priority_levels=3))
+
+
+def test_an_output_is_classified_or_in_shared_memory_not_both() -> None:
+    output = RequestedOutput("y", {"classification": 3, "shared_memory_region": "r", "shared_memory_byte_size": 4})
+    request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], [output])
+    with pytest.raises(InvalidRequest, match="output 'y': expected 'classification' or 'shared_memory_region', got both"):
+        make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0)

@@ -219,6 +219,16 @@ def test_what_failed_or_was_cancelled_live_is_not_copied(shadow: Shadow, version
     assert candidate.requests == []
 
 
+def test_a_request_with_tensors_in_shared_memory_is_answered_and_not_copied(shadow: Shadow, versions: Versions) -> None:
+    """Its client may write the next inputs once it has the answer, and reads the outputs where the copy's would come."""
+    live, candidate, outlet, request = versions(1), versions(2), CollectingOutlet(), make_request()
+    request.uses_regions = True
+    reply = ask(shadow, live, candidate, outlet, request)
+    assert isinstance(outlet.wait(reply), bytes)
+    assert (shadow.snapshot().dropped, "pairs=0" in repr(shadow)) == (1, True)
+    assert candidate.requests == []
+
+
 def test_a_batch_of_mirrored_replies_is_still_one_hop(shadow: Shadow) -> None:
     class Counting(CollectingOutlet):
         hops = 0

@@ -156,10 +156,12 @@ def test_raw_entries_beyond_the_inputs_are_ignored(decode):
 
 
 @every_path
-def test_a_shared_memory_input_is_refused_in_tritons_words(decode):
-    message = request_with(("x", "FP32", [1]))
-    message.inputs[0].parameters["shared_memory_region"].string_param = "r"
-    with pytest.raises(Unsupported, match="Client shared memory is disabled"):
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_shared_memory_is_refused_where_it_is_off_naming_the_flag(decode, where):
+    message = request_with(("x", "FP32", [1]), raw=[] if where == "inputs" else [b"1234"])
+    message.outputs.add(name="y")
+    getattr(message, where)[0].parameters["shared_memory_region"].string_param = "r"
+    with pytest.raises(Unsupported, match="Client shared memory is disabled on this server; --client-shared-memory turns it on"):
         decode(message.SerializeToString())
 
 

@@ -34,8 +34,6 @@ class Transport(Protocol):
     async def start(self) -> list[str]:
         """Bind and serve. Returns the bound addresses, ports filled in. Raises ConfigError for what cannot be bound."""
 
-    def stop_accepting(self) -> None:
-        """Close the listeners and tell clients to go elsewhere. Calls in flight go on; streams end once they have their answers."""
-
     async def stop(self, grace: float) -> None:
-        """Stop accepting if that was not done, let calls in flight end within `grace` seconds, cancel the rest."""
+        """Tell clients to go elsewhere, let calls in flight end within `grace` seconds (streams once they have their answers), cancel
+        the rest."""

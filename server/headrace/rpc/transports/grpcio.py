@@ -33,8 +33,6 @@ from headrace.rpc.transports.grpcio_stream import InferStream
 from headrace.rpc.transports.listeners import SOCKET_MODE, UNIX, bind_problem, clear_stale_socket, load_certificates
 from headrace.wire.messages import ADMIN_SERVICE, HEALTH_SERVICE, SERVICE
 
-_LONGER_THAN_ANY_GRACE = 1e6
-
 
 class GrpcioTransport:
     """Owns the grpc.aio server, its Unix socket files and the open streams. Built on the event loop."""
@@ -45,7 +43,6 @@ class GrpcioTransport:
         self._outlet = LoopOutlet(asyncio.get_running_loop())
         self._streams: set[InferStream] = set()
         self._socket_files: list[Path] = []
-        self._stopping: asyncio.Task[None] | None = None
         self._server: Any = grpc.aio.server(options=_options(config), handlers=self._handlers())
 
     def __repr__(self) -> str:
@@ -65,19 +62,13 @@ class GrpcioTransport:
         await self._server.start()
         return addresses
 
-    def stop_accepting(self) -> None:
-        if self._stopping is not None:
-            return
-        # grpc.aio closes the listeners and sends GOAWAY at once, then waits; a later stop() shortens the wait.
-        self._stopping = asyncio.ensure_future(self._server.stop(_LONGER_THAN_ANY_GRACE))
+    async def stop(self, grace: float) -> None:
+        # grpc.aio closes the listeners and sends GOAWAY at once, so that no stream comes after those that are closed here.
+        stopping = asyncio.ensure_future(self._server.stop(grace))
+        await asyncio.sleep(0)
         for stream in self._streams:
             stream.close(ShuttingDown("the server is shutting down"))
-
-    async def stop(self, grace: float) -> None:
-        self.stop_accepting()
-        await self._server.stop(grace)
-        assert self._stopping is not None
-        await self._stopping
+        await stopping
         for path in self._socket_files:
             path.unlink(missing_ok=True)
 

@@ -45,6 +45,11 @@ log = get_logger(__name__)
 MAX_EVENTS = 64
 """Calls that are taken at a time. More would let the first of them wait for the decoding of the last."""
 
+QUIET_WITHIN = 0.5
+"""Seconds that a stopping server waits for a moment without calls before it refuses new ones."""
+SENT_POLL = 0.002
+"""Seconds between its looks at what has been sent."""
+
 Serve = Callable[[bytes, str], Awaitable[bytes]]
 """A unary method: the message and the caller's address to the response. Raises HeadraceError."""
 
@@ -53,7 +58,11 @@ class NativeReply(Reply):
     __slots__ = ("call_id", "size", "task")
 
     def __init__(self, outlet: _Listener, call_id: int, size: int, deadline: float | None) -> None:
-        super().__init__(outlet, deadline)
+        # Not by super(): a call for each request, of a fifth of a microsecond.
+        self.outlet = outlet
+        self.deadline = deadline
+        self.peer = ""
+        self.ticket = self.cancel = None
         self.call_id = call_id
         self.size = size
         self.task: asyncio.Task[None] | None = None
@@ -88,15 +97,11 @@ class NativeTransport:
         self._listeners.append(listener)
         return listener.start()
 
-    def stop_accepting(self) -> None:
-        self._behind.stop_accepting()
-        for listener in self._listeners:
-            listener.refuse()
-
     async def stop(self, grace: float) -> None:
-        self.stop_accepting()
         await asyncio.gather(self._behind.stop(grace), *(listener.drain(grace) for listener in self._listeners))
-        # Last, because what the server behind them still sends goes through them.
+        # Last, because what the server behind them still sends goes through them; and a moment later, because that and what the
+        # fronts count as sent are in their connections' buffers.
+        await asyncio.sleep(SENT_POLL)
         await asyncio.gather(*(listener.close() for listener in self._listeners))
         self._directory.cleanup()
 
@@ -124,12 +129,10 @@ class _Listener:
         self._lock = threading.Lock()
         self._calls: dict[int, NativeReply] = {}
         self._bytes = 0
-        self._unanswered = 0
         self._is_refusing = False
-        self._drained = asyncio.Event()
 
     def __repr__(self) -> str:
-        return f"_Listener({self._address}, {self._unanswered} calls, {self._bytes} bytes)"
+        return f"_Listener({self._address}, {len(self._calls)} calls, {self._bytes} bytes)"
 
     def start(self) -> str:
         """Returns the address, its port filled in."""
@@ -169,20 +172,19 @@ class _Listener:
                 if wants_peer:
                     reply.peer = peer
                 inferences.append((message, reply))
-        if not self._count(len(inferences) + len(others), size):
+        if not self._count(size):
             inferences, others = self._sort_out(inferences, others)
         if inferences:
-            self._inference.submit_together(inferences)
+            self._inference.submit_all(inferences)
         if others:
             self._on_loop(self._start_tasks, others)
         for call_id in cancelled:
             if (known := self._calls.get(call_id)) is not None:
                 self._inference.cancel(known)
 
-    def _count(self, calls: int, size: int) -> bool:
-        """Whether all of them may go on as they are."""
+    def _count(self, size: int) -> bool:
+        """Of the messages of a batch; whether all of them may go on as they are."""
         with self._lock:
-            self._unanswered += calls
             self._bytes += size
             return not self._is_refusing and self._bytes <= self._max_bytes and size <= self._max_message
 
@@ -235,10 +237,6 @@ class _Listener:
                 front.respond(call_id, answer)
         with self._lock:
             self._bytes -= size
-            self._unanswered -= len(answers)
-            is_drained = self._is_refusing and not self._unanswered
-        if is_drained:
-            self._on_loop(self._drained.set)
 
     def _fail_too_large(self, call_id: int, size: int) -> None:
         text = f"response larger than max ({size} vs. {self._max_message} bytes, max_message_bytes)"
@@ -282,18 +280,20 @@ class _Listener:
 
     # -- stopping: the event loop --------------------------------------------------------------------------------------
 
-    def refuse(self) -> None:
-        """New calls from now on. The front cannot close its sockets alone: until `close` callers are told to go elsewhere."""
-        with self._lock:
-            self._is_refusing = True
-            if not self._unanswered:
-                self._drained.set()
-
     async def drain(self, grace: float) -> None:
-        """Wait until the calls in flight are answered, for `grace` seconds at most."""
+        """Wait until every call is answered and the answer sent, for `grace` seconds at most.
+
+        The front cannot close its sockets alone, and calls keep coming on connections that are open. A call that is refused is one
+        that failed, `close` on the other hand tells callers to go elsewhere. So calls are served on, in the hope of a moment
+        without any; under a load that leaves none they are refused from QUIET_WITHIN on.
+        """
+        refuse_at = time.monotonic() + QUIET_WITHIN
         try:
             async with asyncio.timeout(grace):
-                await self._drained.wait()
+                # Asked and not told: that an answer was given to the front does not mean that HTTP/2's windows have let it through.
+                while not _is_all_sent(self._front.metrics()):
+                    self._is_refusing = time.monotonic() > refuse_at
+                    await asyncio.sleep(SENT_POLL)
         except TimeoutError:
             pass
 
@@ -308,6 +308,11 @@ class _Listener:
 
 
 _INFER = f"/{SERVICE}/ModelInfer"
+
+
+def _is_all_sent(counted: Any) -> bool:
+    methods = counted["methods"].values()
+    return all(method["started"] == sum(status["count"] for status in method["status"].values()) for method in methods)
 
 
 def _unary_methods(services: Services) -> dict[str, Serve]:
@@ -348,7 +353,8 @@ def _bind(address: str, paths: Sequence[str]) -> NativeGrpcFront:
     if address.startswith(UNIX):
         clear_stale_socket(Path(address.removeprefix(UNIX)))
     try:
-        front = NativeGrpcFront(address, [(path, False) for path in paths], io_threads=_io_threads(), call_details=True)
+        # metrics: to know, when stopping, what has been sent; no cost could be seen.
+        front = NativeGrpcFront(address, [(path, False) for path in paths], io_threads=_io_threads(), call_details=True, metrics=True)
     except OSError:
         if address.startswith(UNIX):
             expected = "expected a path of at most 107 bytes in a writable directory"
