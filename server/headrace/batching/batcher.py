@@ -210,9 +210,12 @@ class Batcher:
             due = self._queue.next_expiry()
             if due != NEVER and ready_at <= now and self._queue.is_pressed(self.latencies, now):
                 hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
-            is_full = ready_at <= now and self._queue.is_batch_full()
             rows = self._queue.rows
+            if rows and now >= self.latencies.next_trial and ready_at <= now:
+                self._queue.limit = self.latencies.trial(now, rows)
+            is_full = ready_at <= now and self._queue.is_batch_full()
             tickets = self._queue.take(self.latencies, now) if ready_at <= now else []
+            self._queue.limit = self.latencies.worthwhile
             if not tickets:
                 # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
                 if instance not in self._idle:
@@ -275,7 +278,6 @@ class Batcher:
             self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
         if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
             self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now)
-            self._queue.limit = self.latencies.worthwhile
             self._refusing_since = NEVER
 
     def cancel(self, ticket: Ticket) -> bool:

@@ -35,9 +35,12 @@ LONGEST_STEP = 0.3
 FIRST_SEEN = 8
 """Batches of a knot whose mean is its correction: the warm-up ran on made-up inputs, with nobody else on the core."""
 WARM_UP_COUNTS = 2
-"""For so many batches counts what the warm-up measured, the best of many runs."""
+"""For so many batches counts what the warm-up measured, the best of many runs, against slower ones. A faster one disproves it."""
 FRESH = 30.0
 """Seconds after which a correction that nothing confirmed is forgotten: one bad measurement must not rule a size out for good."""
+TRIAL_EVERY = 0.2
+TRIAL_SHARE = 20.0
+"""At least so many seconds from one trial to the next, and so many times what it takes: a trial does nearly as much as it displaces."""
 CALIBRATED = 3
 """Batches of a knot before its estimate is good enough to tell what the device does."""
 OUTLIER = 10.0
@@ -151,6 +154,8 @@ class LatencyTable:
         self._far_since = 0.0
         self._spread = 0.1
         self._deviation = 0.05
+        self.next_trial = 0.0
+        """When another size may be tried, if enough wait."""
         self.next_look = 0.0
         """By the clock of `observe`; batches that end before it need not be reported."""
         self._rebuild_at = 0.0
@@ -163,8 +168,11 @@ class LatencyTable:
         return f"LatencyTable({dict(zip(self._knots, self._values, strict=True))}, worthwhile={self.worthwhile}, {self._device!r})"
 
     def _set_prior(self, seconds: Mapping[int, float]) -> None:
-        self._knots = sorted(seconds)
-        self._prior = [seconds[rows] + BATCH_OVERHEAD for rows in self._knots]
+        measured = sorted(seconds)
+        self._measured = len(measured)
+        """Knots that were; the larger ones wait to be tried."""
+        self._knots = measured if self._is_stepped or not measured else [*measured, *_doubled(measured[-1], self._max_rows)]
+        self._prior = [_extrapolate(measured, seconds, rows) + BATCH_OVERHEAD for rows in self._knots]
         self._corrections = [1.0] * len(self._knots)
         self._counts = [0] * len(self._knots)
         self._seen = [0.0] * len(self._knots)
@@ -241,6 +249,23 @@ class LatencyTable:
     def _slope(self) -> float:
         return (self._values[-1] - self._values[-2]) / (self._knots[-1] - self._knots[-2])
 
+    def trial(self, now: float, waiting: int) -> int:
+        """How many rows to run this time: `worthwhile`, or now and then the size next to it of which too little is known.
+
+        A warm-up runs on made-up inputs, and beside neighbours: where it has put the best size wrongly, nothing else finds that out.
+        """
+        best = bisect_left(self._knots, self.worthwhile)
+        rows = self.worthwhile
+        for knot in (best + 1, best - 1):
+            if 0 <= knot < len(self._knots) and self._knots[knot] <= waiting and self._is_doubtful(knot, now):
+                rows = self._knots[knot]
+                break
+        self.next_trial = now + max(TRIAL_EVERY, TRIAL_SHARE * self.mean(rows))
+        return rows
+
+    def _is_doubtful(self, knot: int, now: float) -> bool:
+        return self._counts[knot] < FIRST_SEEN or now - self._seen[knot] > FRESH / 2
+
     def relax(self, now: float) -> None:
         """Before estimates are asked for after a rest."""
         self._device.relax(now)
@@ -266,7 +291,7 @@ class LatencyTable:
         elif self._is_measured:
             residual = min(residual, 1.0)
         own = expected * (1.0 + residual) / (_interpolate(self._knots, self._prior, rows, self._is_stepped) * self._device.factor)
-        moved = self._weight(knot, count, now) * (own - base)
+        moved = self._weight(knot, count, now, is_faster=own < base) * (own - base)
         self._corrections[knot] = base + moved
         self._counts[knot] = count + 1
         self._seen[knot] = now
@@ -293,13 +318,11 @@ class LatencyTable:
         self._device.observe(1.0 + residual, now)
         return residual
 
-    def _weight(self, knot: int, count: int, now: float) -> float:
+    def _weight(self, knot: int, count: int, now: float, *, is_faster: bool) -> float:
         elapsed = now - self._seen[knot]
-        weight = (
-            1.0 / (count + 1 + self._is_measured * WARM_UP_COUNTS)
-            if count < FIRST_SEEN
-            else min(elapsed / (elapsed + OWN_TAU), LONGEST_STEP)
-        )
+        if count < FIRST_SEEN:
+            return 1.0 / (count + 1 + (WARM_UP_COUNTS if self._is_measured and not is_faster else 0))
+        weight = min(elapsed / (elapsed + OWN_TAU), LONGEST_STEP)
         if self._in_a_row >= CHANGED and now - self._far_since > 2.0 * SHARED_TAU:
             return max(weight, 0.5)
         return weight
@@ -327,7 +350,27 @@ class LatencyTable:
         places = [float(index) for index in live]
         corrections = [self._corrections[index] for index in live]
         self._values = levelled([took * (_between(places, corrections, index) if live else 1.0) for index, took in enumerate(self._prior)])
-        self.worthwhile = _smallest_good(dict(zip(self._knots, self._values, strict=True))) if self._knots else self._max_rows
+        tried = range(max([self._measured, *[index + 1 for index in seen]])) if self._knots else ()
+        self.worthwhile = _smallest_good({self._knots[index]: self._values[index] for index in tried}) if tried else self._max_rows
+
+
+def _doubled(rows: int, up_to: int) -> list[int]:
+    sizes = []
+    while rows < up_to:
+        rows = min(2 * rows, up_to)
+        sizes.append(rows)
+    return sizes
+
+
+def _extrapolate(measured: Sequence[int], seconds: Mapping[int, float], rows: int) -> float:
+    """What was measured, and beyond that as if each row took what those of the last step did."""
+    last = measured[-1]
+    if rows <= last:
+        return seconds[rows]
+    if len(measured) == 1:
+        return seconds[last] * rows / last
+    before = measured[-2]
+    return seconds[last] + max(seconds[last] - seconds[before], 0.0) / (last - before) * (rows - last)
 
 
 def levelled(values: Sequence[float]) -> list[float]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -42,10 +43,12 @@ class Model:
         self.table = table
         self.latency = latency
         self.now = 100.0
+        self.ran: Counter[int] = Counter()
 
     def run(self, rows: int, times: int = 1, idle: float = 0.0) -> None:
         for _ in range(times):
             took = self.latency(rows)
+            self.ran[rows] += 1
             self.now += idle + took
             self.table.observe(rows, took, self.now)
 
@@ -182,7 +185,39 @@ def test_a_new_version_inherits_by_how_much_the_old_one_differed_from_its_warm_u
     model.run(16, times=50)
     slower = {rows: 1.5 * seconds for rows, seconds in LINEAR.items()}
     assert LatencyTable(slower, 64, before=model.table).mean(16) == pytest.approx(3 * linear(16), rel=0.15)
-    assert LatencyTable({1: 0.1}, 64, before=model.table).mean(1) == pytest.approx(0.1 + BATCH_OVERHEAD)
+    assert LatencyTable({1: 0.1}, 32, before=model.table).mean(1) == pytest.approx(0.1 + BATCH_OVERHEAD)
+
+
+def queued(model: Model, batches: int) -> None:
+    """Somebody always waits, as many as can be taken."""
+    for _ in range(batches):
+        trial = model.table.trial(model.now, 64) if model.now >= model.table.next_trial else model.table.worthwhile
+        model.run(trial)
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [{1: 0.004, 2: 0.0078, 4: 0.0155}, {1: 0.004}, {1: 0.0042, 2: 0.1, 4: 0.2, 8: 0.4}],
+    ids=["other inputs", "one size", "beside a neighbour"],
+)
+def test_a_warm_up_that_stopped_too_early_is_outgrown_under_load(measured: dict[int, float]) -> None:
+    model = Model(LatencyTable(measured, 64), linear)
+    assert model.table.worthwhile <= 4
+    queued(model, 4000)
+    assert model.table.worthwhile == 64
+
+
+def test_a_warm_up_that_went_too_far_is_taken_back_under_load() -> None:
+    model = Model(LatencyTable(LINEAR, 64), MAGIKA.__getitem__)
+    queued(model, 2000)
+    assert model.table.worthwhile <= 8
+
+
+def test_trying_other_sizes_costs_next_to_nothing() -> None:
+    model = Model(LatencyTable(MAGIKA, 64), MAGIKA.__getitem__)
+    began = model.now
+    queued(model, 5000)
+    assert 0.995 * 154 * (model.now - began) <= sum(size * count for size, count in model.ran.items())
 
 
 @pytest.mark.parametrize(("rows", "expected"), [(8, 8), (9, 8), (12, 12), (15, 15), (3, 3), (20, 20)])
