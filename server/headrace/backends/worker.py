@@ -35,7 +35,8 @@ class Encoder(Protocol):
 class BatchRunner:
     """Runs one batch start to end on the calling thread.
 
-    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread.
+    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread; and `stretch`
+    of the last batch: how much longer the model took than it had a core for, 0 where the thread's CPU time does not tell.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class BatchRunner:
         access_log: VersionAccessLog | None = None,
     ) -> None:
         self.screen_outputs = False
+        self.stretch = 0.0
         self._access_log = access_log
         self._signature = signature
         self._encoder = encoder
@@ -99,6 +101,8 @@ class BatchRunner:
             done=time.monotonic(),
             cost=cost,
         )
+        if cost:
+            self.stretch = max((output_start - input_done) / cost, 1.0)
         if self.screen_outputs:
             self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))
         self._shard.record_batch(times)
@@ -172,7 +176,8 @@ class Worker:
             if not tickets:
                 return
             left -= sum([ticket.rows for ticket in tickets])
-            batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
+            answers = runner.run(self._backend, tickets, time.monotonic())
+            batcher.settle(tickets, answers, runner.stretch)
         # Too much to hold this thread up for. The instance is still off the idle list: it passes to its own thread, which puts
         # it back there once the queue is empty.
         self._doorbell.put(None)
@@ -233,8 +238,9 @@ class Worker:
         while not self._is_stopping:
             tickets, until = batcher.take(self)
             if tickets:
-                batcher.settle(tickets, runner.run(self._backend, tickets, time.monotonic()))
-                del tickets
+                answers = runner.run(self._backend, tickets, time.monotonic())
+                batcher.settle(tickets, answers, runner.stretch)
+                del tickets, answers
             else:
                 self._wait(until)
 

@@ -257,8 +257,8 @@ class Batcher:
         # The last moment at which another one may still join.
         return min(ready_at, expiry - self.latencies.upper(min(self._queue.rows + 1, self._queue.limit)) - MARGIN)
 
-    def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
-        """Deliver a taken batch's answers, one hop per outlet, and give the leases back."""
+    def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer], stretch: float = 0.0) -> None:
+        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe."""
         now = self._clock()
         for ticket in tickets:
             if ticket.is_settled:
@@ -266,18 +266,18 @@ class Batcher:
             ticket.is_settled = True
         deliver(tickets, answers)
         with self._lock:
-            self._end(tickets, answers, now)
+            self._end(tickets, answers, now, stretch)
             self._unsettled -= len(tickets)
             is_drained = self._unsettled == 0 and not self._is_open
         if is_drained:
             self._report_drained()
 
-    def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float) -> None:
+    def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float, stretch: float) -> None:
         batch = self._running.pop(tickets[0])
         if batch.due < now:
             self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
         if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
-            self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now)
+            self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now, stretch)
             self._refusing_since = NEVER
 
     def cancel(self, ticket: Ticket) -> bool:

@@ -3,7 +3,9 @@
 Theory of operation. The warm-up measures l(b) at a few sizes, the knots. While the model serves, each knot has a correction, the
 ratio of what batches of about its size take to what the warm-up said; sizes not seen lately take over their neighbours'. What all
 models of a device suffer together is none of them: that is one factor of the device, which moves ten times faster. An estimate is
-knot by correction by factor, never falling with the size, linear between knots.
+knot by correction by factor, never falling with the size, linear between knots. Where the thread's CPU time tells how much longer a
+batch took than it had the core for, the factor is that and nothing else, and the corrections are what is left: by the clock alone a
+busy neighbour made batches of 1, which are many, look worse than those of 16, which were seldom tried.
 Rules for changing this file: `observe` is on the path of every batch; what can be made when the corrections have moved is not made
 there. An estimate may be wrong, and must then come right by itself: nothing here may keep batches from being tried for ever.
 """
@@ -272,8 +274,8 @@ class LatencyTable:
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
-    def observe(self, rows: int, took: float, now: float) -> None:
-        """A batch of so many rows, padding included, took so long."""
+    def observe(self, rows: int, took: float, now: float, stretch: float = 0.0) -> None:
+        """A batch of so many rows, padding included, took so long, `stretch` times as long as it had a core for; 0: nobody knows."""
         if not self._knots:
             self._begin(rows, took)
         self._observed += 1
@@ -290,7 +292,12 @@ class LatencyTable:
             residual = self._judge(residual, now)
         elif self._is_measured:
             residual = min(residual, 1.0)
-        own = expected * (1.0 + residual) / (_interpolate(self._knots, self._prior, rows, self._is_stepped) * self._device.factor)
+        if stretch:
+            self._device.observe(min(stretch / self._device.factor, OUTLIER), now)
+            residual = min(took / stretch / self._at(rows) - 1.0, 1.0)
+        elif count >= CALIBRATED:
+            self._device.observe(1.0 + residual, now)
+        own = self._at(rows) * (1.0 + residual) / _interpolate(self._knots, self._prior, rows, self._is_stepped)
         moved = self._weight(knot, count, now, is_faster=own < base) * (own - base)
         self._corrections[knot] = base + moved
         self._counts[knot] = count + 1
@@ -299,10 +306,10 @@ class LatencyTable:
             self._rebuild(now)
 
     def _judge(self, residual: float, now: float) -> float:
-        """How far off an estimate was that should be right: the device's part in it, how uncertain estimates are, and what of it counts.
+        """How uncertain estimates are that should be right, and what counts of how far off one was.
 
-        A stray batch counts for as much as the worst of the usual ones, here and there alike: else its factor would sink and the
-        corrections rise for ever. Three of them in a row are not stray.
+        A stray batch counts for as much as the worst of the usual ones, for the device and the corrections alike: else its factor would
+        sink and the corrections rise for ever. Three of them in a row are not stray.
         """
         distance = abs(residual)
         usual = FAR * self._deviation
@@ -315,7 +322,6 @@ class LatencyTable:
         self._spread = max(self._spread + (step * UPPER if residual > self._spread else step * (UPPER - 1.0)), LEAST_SPREAD)
         if 0 < self._in_a_row < CHANGED:
             residual = max(min(residual, usual), -usual)
-        self._device.observe(1.0 + residual, now)
         return residual
 
     def _weight(self, knot: int, count: int, now: float, *, is_faster: bool) -> float:

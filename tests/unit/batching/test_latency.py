@@ -170,6 +170,21 @@ def test_a_model_that_loses_by_batching_is_not_talked_into_it_by_noise(seed: int
     assert sum(ran) / len(ran) < 3
 
 
+@pytest.mark.parametrize("seed", range(10))
+def test_a_neighbour_that_takes_the_core_now_and_then_does_not_change_what_batches_are_worth(seed: int) -> None:
+    print("seed", seed)
+    rng = random.Random(seed)
+    table, now, ran = LatencyTable(MAGIKA, 64), 100.0, []
+    for _ in range(1000):
+        rows = table.trial(now, 64) if now >= table.next_trial else table.worthwhile
+        stretch = rng.choice([1.0, 1.0, 1.0, 3.0, 20.0])
+        now += MAGIKA[rows] * stretch
+        table.observe(rows, MAGIKA[rows] * stretch, now, stretch)
+        ran.append(rows)
+    assert sum(ran) / len(ran) < 1.5
+    assert table.mean(1) > 2 * MAGIKA[1]
+
+
 def test_without_a_warm_up_the_shape_is_learnt_from_what_runs() -> None:
     rng = random.Random(0)
     model = Model(LatencyTable({}, 64), MAGIKA.__getitem__)
