@@ -4,7 +4,15 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help run test check format proto bench clean
+# Of `bench` and `locust`.
+BENCHMARKS := docs/benchmarks
+ROUNDS ?= 5
+GRPC ?= 127.0.0.1:8001
+UI ?=
+USERS ?= PacedUser
+LOCUST_ARGS ?=
+
+.PHONY: help run test check format proto bench locust clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -38,8 +46,19 @@ format: $(STAMP) ## format and fix what can be fixed
 proto: $(STAMP) ## regenerate the descriptor set from protos/
 	$(BIN)/python scripts/proto.py
 
-bench: $(STAMP) ## requests per second of a tiny model at 1, 16 and 64 concurrent (needs h2load); see loadtests/README.md
-	$(BIN)/python -m loadtests.compare --model mlp --rounds 3
+# What `loadtests.scenarios` adds is shown where there is one.
+bench: $(STAMP) ## measure a tiny model and write docs/benchmarks (needs h2load; HEADRACE_TRITON_PEER=loadtests/peers/triton.sh adds Triton)
+	mkdir -p $(BENCHMARKS)
+	$(BIN)/python -m loadtests.compare --model mlp --transport native --transport grpcio --echo native --echo grpcio \
+	  --rounds $(ROUNDS) --budget 3600 --start-timeout 300 --json $(BENCHMARKS)/results.json
+	@if [ -e loadtests/scenarios.py ]; then set -x; $(BIN)/python -m loadtests.scenarios rates --model mlp \
+	  --transport native --transport grpcio --rounds $(ROUNDS) --json $(BENCHMARKS)/scenarios.json; fi
+	$(BIN)/python -m loadtests.report $(BENCHMARKS)/results.json $$(ls $(BENCHMARKS)/scenarios.json 2>/dev/null) \
+	  --out $(BENCHMARKS)/report.html --pictures $(BENCHMARKS) --table $(BENCHMARKS)/table.md
+
+locust: $(STAMP) ## users against the server that runs; LOCUST_ARGS for more, UI=1 for the web page on loopback, HEADRACE_SHAPE=ramp|spike
+	$(if $(UI),HEADRACE_SHAPE=all )$(BIN)/python -m locust -f loadtests/locustfile.py --host $(GRPC) \
+	  $(if $(UI),--class-picker --web-host 127.0.0.1,--headless $(if $(HEADRACE_SHAPE),,--users 20 --spawn-rate 20 --run-time 30s) $(USERS)) $(LOCUST_ARGS)
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -9,7 +9,7 @@ ONNX Runtime alone at its best batch size, on the same core in the same round: t
 CPU time a row as a fraction of the server's a request. Both are 1 where the server costs nothing beside the model.
 
 With `--echo TRANSPORT` a server that infers nothing is among the contestants. It is the ceiling of the transport; another table has each
-server's rate as a fraction of it.
+server as a fraction of it.
 
 Read the CPU time first: it does not depend on what else the machine does. A rate does; see the noise probe below the tables.
 """
@@ -31,7 +31,7 @@ from tritonclient.utils import InferenceServerException
 
 from loadtests.calls import WrongAnswer
 from loadtests.comparison import Cell, Reference, Report, as_json, render
-from loadtests.contestants import Contestant, add_contestant_arguments, selected_contestants
+from loadtests.contestants import Contestant, add_contestant_arguments, add_echo_arguments, selected_contestants, selected_echoes
 from loadtests.h2load import Call, EchoedCall, LoadFailed, measure_call, parse_concurrencies
 from loadtests.machine import machine_facts, probe_noise
 from loadtests.models import add_models_argument, selected_models, write_repository
@@ -127,6 +127,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="loadtests.compare", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_models_argument(parser)
     add_contestant_arguments(parser)
+    add_echo_arguments(parser)
     parser.add_argument("--concurrency", type=parse_concurrencies, default=[1, 16, 64], metavar="N,N,..")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3.0, help="of each measured run (default: 3)")
@@ -149,7 +150,7 @@ def _parser() -> argparse.ArgumentParser:
 def main() -> int:
     parser = _parser()
     arguments = parser.parse_args()
-    contestants = selected_contestants(parser, arguments)
+    contestants = [*selected_contestants(parser, arguments), *selected_echoes(arguments)]
     exit_on_terminate()
     # This process and all clients it starts keep off the server's core.
     os.sched_setaffinity(0, {arguments.client_core})

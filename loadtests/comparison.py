@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -94,24 +94,67 @@ class Report:
         rates = {c.round: c.rate for c in self.select(baseline, model, concurrency)}
         return [c.rate / rates[c.round] for c in self.select(contestant, model, concurrency) if c.round in rates]
 
+    def cpu_ratios(self, contestant: str, baseline: str, model: str, concurrency: int) -> list[float]:
+        """The baseline's CPU time a request over the contestant's, round by round."""
+        used = {c.round: c.cpu_us for c in self.select(baseline, model, concurrency)}
+        return [used[c.round] / c.cpu_us for c in self.select(contestant, model, concurrency) if c.round in used and c.cpu_us]
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+    note: str = ""
+
+
+def tables(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> list[Table]:
+    """The last contestant that infers is what the others are set in proportion to."""
+    made = [_rates_table(report, contestants, models, concurrencies)]
+    if any(name.startswith(ECHO) for name in contestants):
+        made.append(_echo_table(report, contestants, models, concurrencies))
+    if report.references:
+        made += [_fractions_table(report, contestants, models, concurrencies), _reference_table(report, models)]
+    return made
+
 
 def render(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> str:
-    """The report as markdown. The last contestant is what the others are set in proportion to."""
-    parts = ["## Throughput, latency and CPU", "", _rates_table(report, contestants, models, concurrencies)]
-    if any(cell.client_cpu > CLIENT_LIMIT for cell in report.cells):
-        parts += ["", f"≥: the client used more than {CLIENT_LIMIT:.0%} of its core, so the rate is a lower bound."]
-    if echoes := _echo_rows(report, contestants, models, concurrencies):
-        parts += ["", "## Fraction of the rate of a server that infers nothing", ""]
-        parts.append(markdown_table(["model", "server", "of", *(f"at {concurrency}" for concurrency in concurrencies)], echoes))
-    if report.references:
-        parts += ["", "## Fraction of ONNX Runtime alone at its best batch size", ""]
-        parts += [_fractions_table(report, contestants, models, concurrencies)]
-        parts += ["", "## ONNX Runtime alone, by batch size", "", _reference_table(report, models)]
-    parts += ["", "## Conditions", "", *(f"- {key}: {value}" for key, value in {**report.facts, **report.settings}.items())]
-    noisy = noisy_probes(report.noise)
-    parts.append(f"- noise probe (fixed work, µs): {noise_text(report.noise)}; {len(noisy)} of {len(report.noise)} off by more than 10 %")
+    """The report as markdown."""
+    parts: list[str] = []
+    for table in tables(report, contestants, models, concurrencies):
+        parts += [f"## {table.title}", "", markdown_table(table.header, table.rows), "", *([table.note, ""] if table.note else [])]
+    parts += ["## Conditions", "", *(f"- {key}: {value}" for key, value in {**report.facts, **report.settings}.items())]
+    parts.append(f"- noise probe (fixed work, µs): {noise_text(report.noise)}")
     parts += ["", "## Failures", "", *(f"- {failure}" for failure in report.failures)] if report.failures else []
     return "\n".join(parts) + "\n"
+
+
+def summary(report: Report) -> Table:
+    """One row for each model and server: its rate at every concurrency, and at the highest what a request costs and takes."""
+    most = report.concurrencies[-1]
+    header = ["model", "server", *(f"requests/s at {concurrency}" for concurrency in report.concurrencies)]
+    header += [f"CPU-µs/request at {most}", f"p50 ms at {most}", f"p99 ms at {most}"]
+    rows = []
+    for model in report.models:
+        for contestant in report.contestants:
+            cells = [report.select(contestant, model, concurrency) for concurrency in report.concurrencies]
+            rates = [_text(found, lambda cell: cell.rate) for found in cells]
+            last = [
+                _text(cells[-1], lambda cell: cell.cpu_us),
+                _text(cells[-1], lambda cell: cell.p50 * 1e3),
+                _text(cells[-1], lambda cell: cell.p99 * 1e3),
+            ]
+            rows.append([model, contestant, *rates, *last])
+    return Table("Requests/s, median and range of the rounds", header, rows)
+
+
+def _text(cells: Sequence[Cell], value: Callable[[Cell], float]) -> str:
+    return Spread.of([value(cell) for cell in cells]).text() if cells else "-"
+
+
+def baseline_of(contestants: Sequence[str]) -> str:
+    """The last that infers; the last of all where none does."""
+    return [*contestants, *(name for name in contestants if not name.startswith(ECHO))][-1]
 
 
 def echoes_of(contestant: str, contestants: Sequence[str]) -> list[str]:
@@ -122,29 +165,21 @@ def echoes_of(contestant: str, contestants: Sequence[str]) -> list[str]:
     return [echo for echo in echoes if contestant.endswith(echo.removeprefix(ECHO))] or echoes
 
 
-def _echo_rows(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> list[list[str]]:
+def _echo_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> Table:
     rows = []
     for model in models:
         for contestant in contestants:
             for echo in echoes_of(contestant, contestants):
-                ratios = [report.ratios(contestant, echo, model, concurrency) for concurrency in concurrencies]
-                rows.append([model, contestant, echo, *(Spread.of(values).text() if values else "-" for values in ratios)])
-    return rows
+                for quantity, ratios in (("rate", report.ratios), ("CPU time", report.cpu_ratios)):
+                    cells = [ratios(contestant, echo, model, concurrency) for concurrency in concurrencies]
+                    rows.append([model, contestant, echo, quantity, *(Spread.of(values).text() if values else "-" for values in cells)])
+    header = ["model", "server", "of", "by", *(f"at {concurrency}" for concurrency in concurrencies)]
+    return Table("Fraction of a server that infers nothing", header, rows)
 
 
-def _rates_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> str:
-    baseline = contestants[-1]
-    header = [
-        "model",
-        "concurrent",
-        "server",
-        "requests/s",
-        f"x {baseline}",
-        "CPU-µs/request",
-        "p50 ms",
-        "p99 ms",
-        "rows/batch",
-    ]
+def _rates_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> Table:
+    baseline = baseline_of(contestants)
+    header = ["model", "concurrent", "server", "requests/s", f"x {baseline}", "CPU-µs/request", "p50 ms", "p99 ms", "rows/batch"]
     rows = []
     for model in models:
         for concurrency in concurrencies:
@@ -152,7 +187,9 @@ def _rates_table(report: Report, contestants: Sequence[str], models: Sequence[st
                 ratios = report.ratios(contestant, baseline, model, concurrency)
                 row = _rates_row(report.select(contestant, model, concurrency), ratios)
                 rows.append([model, str(concurrency), contestant, *row])
-    return markdown_table([*header, "client core", "rounds"], rows)
+    note = f"≥: the client used more than {CLIENT_LIMIT:.0%} of its core, so the rate is a lower bound."
+    is_bounded = any(cell.client_cpu > CLIENT_LIMIT for cell in report.cells)
+    return Table("Throughput, latency and CPU", [*header, "client core", "rounds"], rows, note if is_bounded else "")
 
 
 def _rates_row(cells: Sequence[Cell], ratios: Sequence[float]) -> list[str]:
@@ -171,17 +208,18 @@ def _rates_row(cells: Sequence[Cell], ratios: Sequence[float]) -> list[str]:
     ]
 
 
-def _fractions_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> str:
+def _fractions_table(report: Report, contestants: Sequence[str], models: Sequence[str], concurrencies: Sequence[int]) -> Table:
     rows = []
     for model in models:
-        for contestant in contestants:
+        for contestant in (name for name in contestants if not name.startswith(ECHO)):
             for quantity, fractions in (("rate", report.fractions), ("CPU time", report.cpu_fractions)):
                 cells = [fractions(contestant, model, concurrency) for concurrency in concurrencies]
                 rows.append([model, contestant, quantity, *(Spread.of(values).text() if values else "-" for values in cells)])
-    return markdown_table(["model", "server", "by", *(f"at {concurrency}" for concurrency in concurrencies)], rows)
+    header = ["model", "server", "by", *(f"at {concurrency}" for concurrency in concurrencies)]
+    return Table("Fraction of ONNX Runtime alone at its best batch size", header, rows)
 
 
-def _reference_table(report: Report, models: Sequence[str]) -> str:
+def _reference_table(report: Report, models: Sequence[str]) -> Table:
     sizes = sorted({rows for reference in report.references for rows in reference.speeds})
     rows = []
     for model in models:
@@ -189,12 +227,13 @@ def _reference_table(report: Report, models: Sequence[str]) -> str:
         if speeds:
             rows.append([model, "rows/s", *(Spread.of([by_size[size].rate for by_size in speeds]).text() for size in sizes)])
             rows.append([model, "CPU-µs/row", *(Spread.of([by_size[size].cpu_us for by_size in speeds]).text() for size in sizes)])
-    return markdown_table(["model", "", *map(str, sizes)], rows)
+    return Table("ONNX Runtime alone, by batch size", ["model", "", *map(str, sizes)], rows)
 
 
 def noise_text(probes: Sequence[Noise]) -> str:
     medians = {core: [probe.median for probe in probes if probe.core == core] for core in sorted({probe.core for probe in probes})}
-    return ", ".join(f"core {core} {Spread.of(values).text(1e6)}" for core, values in medians.items()) or "none"
+    by_core = ", ".join(f"core {core} {Spread.of(values).text(1e6)}" for core, values in medians.items()) or "none"
+    return f"{by_core}; {len(noisy_probes(probes))} of {len(probes)} off by more than 10 %"
 
 
 def as_json(report: Report) -> str:

@@ -76,19 +76,6 @@ def add_contestant_arguments(parser: argparse.ArgumentParser) -> None:
         help="measure headrace on this transport, repeatable (default: its own choice)",
     )
     parser.add_argument(
-        "--echo",
-        action="append",
-        default=[],
-        choices=["native", "grpcio"],
-        help="measure a server that infers nothing on this transport, repeatable",
-    )
-    parser.add_argument(
-        "--echo-mode",
-        default="empty",
-        choices=["empty", "tensor"],
-        help="what it answers: nothing, or the tensors it was sent (default: empty)",
-    )
-    parser.add_argument(
         "--triton",
         metavar="SCRIPT",
         default=os.environ.get("HEADRACE_TRITON_PEER"),
@@ -106,7 +93,6 @@ def add_contestant_arguments(parser: argparse.ArgumentParser) -> None:
 
 def selected_contestants(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> list[Contestant]:
     contestants = [] if arguments.without_headrace else [headrace(transport) for transport in arguments.transport or [None]]
-    contestants += [echo(transport, arguments.echo_mode) for transport in arguments.echo]
     if arguments.triton:
         contestants.append(triton_peer(arguments.triton))
     for argument in arguments.contestant:
@@ -117,3 +103,24 @@ def selected_contestants(parser: argparse.ArgumentParser, arguments: argparse.Na
     if not contestants:
         parser.error("nobody to measure")
     return contestants
+
+
+def add_echo_arguments(parser: argparse.ArgumentParser) -> None:
+    """For measurements that need neither right answers nor statistics."""
+    parser.add_argument(
+        "--echo",
+        action="append",
+        default=[],
+        choices=["native", "grpcio"],
+        help="measure a server that infers nothing on this transport, repeatable",
+    )
+    parser.add_argument(
+        "--echo-mode",
+        default="empty",
+        choices=["empty", "tensor"],
+        help="what it answers: nothing, or the tensors it was sent (default: empty)",
+    )
+
+
+def selected_echoes(arguments: argparse.Namespace) -> list[Contestant]:
+    return [echo(transport, arguments.echo_mode) for transport in arguments.echo]

@@ -111,7 +111,8 @@ def _answer_all(front: NativeGrpcFront, answers: list[Answer]) -> None:
 async def serve_grpcio(address: str, answers: Mapping[str, Answer]) -> None:
     """Until SIGINT or SIGTERM."""
     server: Any = grpc.aio.server(
-        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)],
+        # As the server's own: two on one port would share the calls unnoticed.
+        options=[("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.so_reuseport", 0)],
         handlers=[grpc.method_handlers_generic_handler(SERVICE, {name: _unary(answer) for name, answer in answers.items()})],
     )
     port = server.add_insecure_port(address)
@@ -146,12 +147,16 @@ def main() -> int:
     parser.add_argument("--mode", choices=[*MODES], default="empty")
     arguments = parser.parse_args()
     answers = methods(MODES[arguments.mode])
-    if arguments.transport == "grpcio":
-        uvloop.run(serve_grpcio(arguments.address, answers))
-    else:
-        # Before any thread is started: all of them inherit it, and only sigwait sees the signals.
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-        serve_native(arguments.address, answers)
+    try:
+        if arguments.transport == "grpcio":
+            uvloop.run(serve_grpcio(arguments.address, answers))
+        else:
+            # Before any thread is started: all of them inherit it, and only sigwait sees the signals.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+            serve_native(arguments.address, answers)
+    except (OSError, RuntimeError, ValueError) as error:  # what the two transports raise for an address that cannot be had
+        print(f"echo: could not listen on {arguments.address}: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

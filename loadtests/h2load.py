@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import tritonclient.grpc as triton
 from numpy.typing import NDArray
+from tritonclient.utils import InferenceServerException
 
 from loadtests.calls import (
     INFER_PATH,
@@ -202,7 +203,13 @@ class Call:
         check_answer(address, self.model, self.inputs, self.expected)
 
     def count(self, address: str) -> BatchCount | None:
-        return count_batches(address, self.model)
+        """None where the server has no ModelStatistics: not all of the protocol's servers do."""
+        try:
+            return count_batches(address, self.model)
+        except InferenceServerException as error:
+            if error.status() != "StatusCode.UNIMPLEMENTED":
+                raise
+            return None
 
     def write_body(self, path: Path) -> Path:
         path.write_bytes(grpc_frame(infer_message(self.model, self.inputs)))
@@ -308,7 +315,7 @@ def main() -> None:
                     f"{load.rate:.0f}",
                     f"{load.p50 * 1e3:.2f}",
                     f"{load.p99 * 1e3:.2f}",
-                    f"{run.rows_per_batch:.1f}",
+                    f"{run.rows_per_batch:.1f}" if run.rows_per_batch else "-",
                     f"{load.client_cpu:.0%}",
                 ]
                 rows.append(cells)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from headrace.batching.latency import LatencyStats
 from headrace.errors import NotFound
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.view import IndexEntry, VersionView
+from headrace.lifecycle.view import Call, IndexEntry, Refused, VersionView, submit_each
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.counters import BatchTimes, VersionCounters
@@ -26,9 +27,13 @@ class FakeVersion:
     pending_rows: int = 0
     pending_requests: int = 0
     load_seconds: float = 0.0
+    latency_stats: LatencyStats | None = None
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         raise AssertionError(f"nothing should be submitted to {self.model}:{self.version}")
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        return submit_each(self, calls, arrived)
 
     def run(self, requests: int, *, rows: int, padded_rows: int, seconds: float) -> FakeVersion:
         """Count a batch: a tenth of `seconds` for each of queue, input and output, the rest is the model's."""

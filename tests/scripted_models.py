@@ -8,11 +8,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from headrace.backends.base import ArtifactSignature
+from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
 from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.state import INDEX_STATES, VersionState
-from headrace.lifecycle.view import IndexEntry
+from headrace.lifecycle.view import Call, IndexEntry, Refused, submit_each
 from headrace.requests import Answer, InferRequest, InputTensor, Reply, RequestedOutput
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.telemetry.counters import VersionCounters
@@ -61,6 +62,7 @@ class ScriptedVersion:
         self.pending_rows = 0
         self.pending_requests = 0
         self.load_seconds = 0.0
+        self.latency_stats: LatencyStats | None = None
         self.requests: list[InferRequest] = []
         self.replies: list[Reply] = []
         self.held: dict[Reply, InferRequest] = {}
@@ -83,6 +85,9 @@ class ScriptedVersion:
                 self.pool.submit(reply.outlet.deliver, [(reply, answer)])
         finally:
             self._tell()
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        return submit_each(self, calls, arrived)
 
     def _cancel(self, reply: Reply) -> None:
         if self.held.pop(reply, None) is not None:

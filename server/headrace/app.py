@@ -15,7 +15,6 @@ import uvloop
 
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
-from headrace.batching.together import TogetherSchedule
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
@@ -32,7 +31,7 @@ from headrace.rpc.control import ControlService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
-from headrace.rpc.transports.choice import open_transport
+from headrace.rpc.transports.choice import choose, open_transport
 from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
@@ -56,11 +55,14 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
-        together = TogetherSchedule(LoopSchedule(loop))
+        backends = load_backends()
+        if config.shared_threads:
+            for backend in backends.values():
+                backend.share_threads(config.shared_threads)
         self.models = ModelManager(
-            load_backends(),
+            backends,
             lambda: LoopTimer(loop),
-            together,
+            LoopSchedule(loop),
             load_concurrency=config.load_threads,
             access_log=self.access_log,
             drain_grace=config.shutdown_grace,
@@ -73,7 +75,7 @@ class Server:
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         regions = SharedMemoryRegions() if config.client_shared_memory else None
         self.services = Services(
-            InferenceService(self.models, self.access_log, together, regions),
+            InferenceService(self.models, self.access_log, regions),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
             HealthService(self.models),
             AdminService(self.admin, config.admin),
@@ -93,7 +95,7 @@ class Server:
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
-        log.info("server listening", grpc=self.grpc_addresses, http=self.http_address)
+        log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))
         await self._load()
 
     def _look_now(self) -> None:
@@ -156,7 +158,7 @@ class Server:
         self.models.announce_stop()
         self.services.close()
         await self._tasks.close()
-        # The transport refuses new calls at once and waits for those it has taken, which the models still serve.
+        # The transport waits for the calls it has taken, which the models still serve.
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
         if self.http is not None:

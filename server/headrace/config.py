@@ -97,6 +97,12 @@ class ServerConfig:
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")
     load_threads: int = _option(2, "Versions that load at the same time.", minimum=1)
+    shared_threads: int = _option(
+        0,
+        "Threads of one pool that all models of this process compute on, whatever their own `threads` say; 0: each instance has its own. "
+        "For many models on many cores: idle threads of the pool spin for some 40 ms, so leave it fewer than there are; 1 spins nowhere.",
+        minimum=0,
+    )
     cache_directory: str = _option("", "Where versions from object stores and registries are kept; empty: headrace below the user's cache.")
     cache_bytes: int = _option(20 << 30, "Size of that cache; what no loaded version uses is deleted, the longest unused first.", minimum=0)
     webhook_secret: str = _option(
@@ -148,7 +154,17 @@ class BatchingConfig:
     default_timeout: float = _option(
         0.0, "A request that has not started by then is refused. 0: never.", key="default_timeout_ms", scale=1e-3, minimum=0
     )
-    allow_timeout_override: bool = _option(True, "Whether a request's `timeout` parameter may lower it.")
+    allow_timeout_override: bool = _option(
+        True, "Whether a request may set a `timeout` of its own, by which it wants its answer; it can only be shorter."
+    )
+    slo: float = _option(
+        0.0,
+        "Time within which each request is to be answered, from its arrival. One that cannot be, by what batches are seen to take, is "
+        "refused (UNAVAILABLE) as soon as that is known, so that the others can. 0: none.",
+        key="slo_ms",
+        scale=1e-3,
+        minimum=0,
+    )
 
     def __post_init__(self) -> None:
         if self.default_priority_level > self.priority_levels:

@@ -150,12 +150,13 @@ class Ticket:
 
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
     signature's order, `destinations` in that of `outputs` (None: all go into the answer). Times are time.monotonic(): `arrived`
-    when the message came, `enqueued` when the batcher took it, `expires` when it is of no use any more (inf: never). `is_bound`:
-    it asked for this version, and no other may answer it.
+    when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
+    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it.
     """
 
     __slots__ = (
-        "arrived", "destinations", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key", "outputs",
+        "answer_by", "arrived", "destinations", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key",
+        "outputs",
         "priority", "reply", "rows",
     )  # fmt: skip
 
@@ -166,14 +167,15 @@ class Ticket:
         key: Hashable,
         inputs: Sequence[InputTensor | None],
         outputs: tuple[int, ...],
-        *,
         id: str = "",
         priority: int = 0,
         expires: float = float("inf"),
+        answer_by: float = float("inf"),
         arrived: float = 0.0,
         is_bound: bool = False,
         destinations: Destinations | None = None,
     ) -> None:
+        self.answer_by = answer_by
         self.is_bound = is_bound
         self.destinations = destinations
         self.reply = reply

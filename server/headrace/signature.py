@@ -61,14 +61,17 @@ class TensorSpec:
 class Admission(NamedTuple):
     """What the check of a request yields. `key`: only requests with equal keys can run in one batch.
 
-    `inputs` and `output_indexes` are in the signature's order, so that a batch never looks a name up again;
-    an absent optional input is None.
+    Inputs and `output_indexes` are in the signature's order, so that a batch never looks a name up again; an absent optional input is
+    None. `reordered`: the inputs, None when the request's own are in order. So an admission can hold for many requests.
     """
 
     rows: int
     key: Hashable
-    inputs: tuple[InputTensor | None, ...]
+    reordered: tuple[InputTensor | None, ...] | None
     output_indexes: tuple[int, ...]
+
+    def inputs(self, request: InferRequest) -> Sequence[InputTensor | None]:
+        return request.inputs if self.reordered is None else self.reordered
 
 
 @dataclass(frozen=True)
@@ -103,13 +106,13 @@ class Signature:
         if likeness is not None:
             known = likeness.known
             if type(known) is _Known and known.signature is self:
-                return Admission(known.rows, known.key, tuple(request.inputs), known.output_indexes)
+                return known.admission
         try:
             admission = self._admit(request)
         except InvalidRequest as error:
             raise InvalidRequest(f"[request id: {request.id or '<id_unknown>'}] {error}") from None
-        if likeness is not None and admission.inputs == tuple(request.inputs):
-            likeness.known = _Known(self, admission.rows, admission.key, admission.output_indexes)
+        if likeness is not None and admission.reordered is None:
+            likeness.known = _Known(self, admission)
         return admission
 
     def _admit(self, request: InferRequest) -> Admission:
@@ -126,7 +129,7 @@ class Signature:
                     tails.append(tensor.shape[1:])
                 elif spec.optional:
                     tails.append(True)
-        return Admission(rows, tuple(tails), inputs, output_indexes)
+        return Admission(rows, tuple(tails), None if inputs == tuple(request.inputs) else inputs, output_indexes)
 
     def _select_outputs(self, request: InferRequest) -> tuple[int, ...]:
         if not request.outputs:
@@ -210,12 +213,10 @@ class Signature:
 
 
 class _Known(NamedTuple):
-    """The admission of a request whose inputs are in the signature's order. What is left out of it are the inputs."""
+    """The admission of a request by one signature, and so of all that are like it."""
 
     signature: Signature
-    rows: int
-    key: Hashable
-    output_indexes: tuple[int, ...]
+    admission: Admission
 
 
 def _matches(expected: Shape, got: Shape) -> bool:

@@ -20,6 +20,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.batch_queue",
         "headrace.batching.assemble",
         "headrace.batching.latency",
+        "headrace.batching.forecast",
         "headrace.batching.screening",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
@@ -60,7 +61,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
-        "headrace.batching.together",
         "headrace.sources.publish",
     ),
     (
@@ -80,16 +80,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench"),
     ("headrace.app",),
-    ("headrace.testing", "headrace.cli", "headrace.cli_models", "headrace.cli_tables"),
+    ("headrace.testing", "headrace.cli", "headrace.cli_bench", "headrace.cli_models", "headrace.cli_tables"),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
 PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.lifecycle.state", "headrace.lifecycle.policy",
-    "headrace.lifecycle.rollout", "headrace.wire",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
+    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

@@ -67,6 +67,13 @@ class Backend(ABC):
     def estimate_memory(cls, path: Path) -> int:
         """An upper bound in bytes of what one loaded instance takes, known before it is loaded."""
 
+    @classmethod  # noqa: B027  # most runtimes have no such pool
+    def share_threads(cls, threads: int) -> None:
+        """Have all instances in this process compute on one pool of `threads`, now and for good. Called before any artifact is opened.
+
+        Raises ConfigError when the process has another pool already, or the runtime cannot.
+        """
+
     @abstractmethod
     def load(self) -> None:
         """Take the device memory and make `execute` possible."""

@@ -19,8 +19,11 @@ import numpy as np
 from headrace.backends.base import Array, ArtifactSignature, Backend
 from headrace.backends.onnx_graph import graph_digest
 from headrace.config import InstanceConfig
-from headrace.errors import BackendError, LoadError
+from headrace.errors import BackendError, ConfigError, LoadError
 from headrace.signature import DataType, TensorSpec
+from headrace.telemetry.log import get_logger
+
+log = get_logger(__name__)
 
 _DATATYPES = {
     "tensor(bool)": DataType.BOOL,
@@ -87,7 +90,13 @@ class OnnxRuntimeBackend(Backend):
         files = sum(file.stat().st_size for file in path.parent.rglob("*") if file.is_file())
         return _FIXED_MEMORY + _MEMORY_PER_FILE_BYTE * files
 
+    @classmethod
+    def share_threads(cls, threads: int) -> None:
+        _share_threads(threads)
+
     def load(self) -> None:
+        if _pool_threads and self.instance.threads:
+            log.info("threads not used", model=self.path.parent.parent.name, threads=self.instance.threads, shared_threads=_pool_threads)
         providers = _providers(self.instance.device)
         options = _session_options(self.instance)
         session = _open_session(self.path, options, providers)
@@ -284,12 +293,49 @@ def _providers(device: str) -> list[str]:
     raise LoadError(f"device '{device}': expected 'auto' or 'cpu'; this backend runs models on the CPU")
 
 
+_pool_threads = 0
+"""Of the runtime's pool that all sessions share; 0: there is none. The runtime has one environment a process and makes that pool once, so
+this is the process's as well, and says only what was done to it. Once there, the runtime refuses sessions with threads of their own."""
+
+
+def _share_threads(threads: int) -> None:
+    global _pool_threads
+    if _pool_threads == threads:
+        return
+    if _pool_threads:
+        raise ConfigError(
+            f"shared_threads {threads}: this process has a pool of {_pool_threads} already, for all of its servers; it cannot be replaced"
+        )
+    runtime = _runtime()
+    make_pools = getattr(runtime, "set_global_thread_pool_sizes", None)
+    if make_pools is None:
+        raise ConfigError(f"shared_threads {threads}: onnxruntime {runtime.__version__} offers no such pool to Python; leave it at 0")
+    try:
+        make_pools(threads, 1)
+    except Exception as error:  # no common base
+        reason = _reason(error)
+    else:
+        _pool_threads = threads
+        if threads > 1:
+            log.warning("shared threads spin", threads=threads, seconds=0.04, reason="onnxruntime's Python interface cannot turn that off")
+        return
+    raise ConfigError(f"shared_threads {threads}: onnxruntime cannot make its pool any more: {reason}")
+
+
+def _set_threads(options: Any, threads: int) -> None:
+    if _pool_threads:
+        options.use_per_session_threads = False
+    else:
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+
+
 def _inspection_options() -> Any:
     """As little as gives the tensors: optimising and prepacking a graph for that takes 36 ms instead of 9 (11 MB OCR model)."""
     runtime = _runtime()
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
+    _set_threads(options, 1)
     options.enable_cpu_mem_arena = False
     options.add_session_config_entry("session.disable_prepacking", "1")
     options.log_severity_level = _SILENT
@@ -309,9 +355,8 @@ def _session_options(instance: InstanceConfig) -> Any:
     """
     runtime = _runtime()
     options = runtime.SessionOptions()
-    options.intra_op_num_threads = instance.threads or max(_cores() // instance.count, 1)
+    _set_threads(options, instance.threads or max(_cores() // instance.count, 1))
     # One batch at a time and an instance: branches of the graph run in turn, batches side by side on several instances.
-    options.inter_op_num_threads = 1
     options.execution_mode = runtime.ExecutionMode.ORT_SEQUENTIAL
     # Idle threads spin for about 47 ms by default, which takes the core that the event loop needs.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")

@@ -61,6 +61,6 @@ def _join(spec: TensorSpec, tensors: Sequence[InputTensor | None]) -> Array:
 def union_outputs(tickets: Sequence[Ticket]) -> tuple[int, ...]:
     """The output indexes that at least one of them wants, ascending unless all want the same."""
     first = tickets[0].outputs
-    if all(ticket.outputs is first or ticket.outputs == first for ticket in tickets):
+    if len(tickets) == 1 or all(ticket.outputs is first or ticket.outputs == first for ticket in tickets):
         return first
     return tuple(sorted({index for ticket in tickets for index in ticket.outputs}))

@@ -1,20 +1,27 @@
 """The driver of one version's queue: admits tickets from any thread, hands batches to free instances, settles every ticket once.
 
 A ticket is settled by whoever takes it out of the queue, under the lock: `take` (then the worker that ran the batch settles
-it), `cancel`, `expire` or `close`. Since a ticket leaves the queue exactly once, it is settled exactly once, whatever races.
+it, or `take` itself if it can no longer be answered in time), `cancel`, `expire` or `close`. Since a ticket leaves the queue exactly
+once, it is settled exactly once, whatever races. Requests without a deadline pay one comparison for those that have one.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.batching.batch_queue import NEVER, BatchQueue
+from headrace.batching.forecast import MARGIN, Forecast
+from headrace.batching.latency import LatencyStats, LatencyTable
 from headrace.config import BatchingConfig
 from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Answer, Outlet, Reply, Ticket
-from headrace.telemetry.counters import CounterShard, DispatchReason, FailureReason
+from headrace.telemetry.counters import CounterShard, DispatchReason, DropCause, FailureReason
+
+PROBE_AFTER = 1.0
+"""Seconds of refusals on an idle model after which one request is tried all the same. What makes them is an estimate, and only
+batches can correct it."""
 
 
 class Instance(Protocol):
@@ -43,9 +50,8 @@ def at_once(callback: Callable[[], None]) -> None:
 
 
 class Batcher:
-    """Owns the queue, the set of idle instances and the number of unsettled tickets of one version, all under one lock.
-
-    `batch_limit`: rows beyond which another request is not added to a batch.
+    """Owns the queue, the set of idle instances, what runs, what is known of l(b) and of the traffic, and the number of unsettled
+    tickets of one version, all under one lock.
     """
 
     def __init__(
@@ -53,7 +59,7 @@ class Batcher:
         name: str,
         config: BatchingConfig,
         *,
-        batch_limit: int,
+        latencies: LatencyTable,
         clock: Callable[[], float],
         timer: Timer,
         shard: CounterShard,
@@ -63,7 +69,9 @@ class Batcher:
         self._name = name
         self._delay = config.max_queue_delay
         self._max_queue_rows = config.max_queue_size
-        self._queue = BatchQueue(batch_limit, config.max_queue_size)
+        self.latencies = latencies
+        self._forecast = Forecast(latencies)
+        self._queue = BatchQueue(latencies.worthwhile, config.max_queue_size)
         self._clock = clock
         self._timer = timer
         self._schedule = schedule
@@ -72,6 +80,11 @@ class Batcher:
         self._shard = shard
         self._lock = threading.Lock()
         self._idle: list[Instance] = []
+        self._running: dict[Ticket, _Running] = {}
+        """By the first ticket of the batch."""
+        self._instances = 1
+        self._refused_rows = 0
+        self._refusing_since = NEVER
         self._unsettled = 0
         self._is_open = True
         self._closed_reason: HeadraceError = NotReady(f"{name} is not at ready state")
@@ -93,30 +106,87 @@ class Batcher:
         """Tickets admitted and not yet answered: the leases on this version."""
         return self._unsettled
 
-    def submit(self, ticket: Ticket) -> None:
-        """Admit a ticket. Raises QueueFull, DeadlineExceeded, QueueTimeout or NotReady; then nothing was kept."""
-        now = self._clock()
-        ticket.enqueued = now
+    def latency_stats(self) -> LatencyStats:
         with self._lock:
-            if not self._is_open:
-                # A new one each time: an exception that is raised again and again grows by a traceback each time.
-                raise type(self._closed_reason)(str(self._closed_reason))
-            if ticket.expires <= now:
-                self._shard.record_failure(FailureReason.REJECTED)
-                raise _expired(ticket, self._name)
-            if self._queue.is_full_for(ticket.rows):
-                self._shard.record_failure(FailureReason.REJECTED)
-                raise QueueFull(
-                    f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, "
-                    f"got {ticket.rows} more"
-                )
-            self._queue.push(ticket)
-            self._unsettled += 1
+            return self.latencies.stats()
+
+    def submit(self, ticket: Ticket) -> None:
+        """Admit a ticket. Raises QueueFull, NotReady, and DeadlineExceeded or QueueTimeout when it is too late or foreseeably will be;
+        then nothing was kept."""
+        for _, error in self.submit_all([ticket]):
+            raise error
+
+    def submit_all(self, tickets: Sequence[Ticket]) -> list[tuple[Ticket, HeadraceError]]:
+        """Admit tickets that came together, before anybody looks at the queue. Those that are refused, with what `submit` raises."""
+        refused: list[tuple[Ticket, HeadraceError]] = []
+        now = self._clock()
+        with self._lock:
+            push = self._queue.push
+            for ticket in tickets:
+                ticket.enqueued = now
+                try:
+                    self._check(ticket, now)
+                except HeadraceError as error:
+                    refused.append((ticket, error.with_traceback(None)))
+                    continue
+                push(ticket)
+                self._unsettled += 1
+                if ticket.expires < self._armed:
+                    self._arm(ticket.expires)
             has_idle = bool(self._idle)
-            if ticket.expires < self._armed:
-                self._arm(ticket.expires)
         if has_idle:
             self._schedule(self._wake_one)
+        return refused
+
+    def _check(self, ticket: Ticket, now: float) -> None:
+        """Raises when the ticket cannot be admitted."""
+        if not self._is_open:
+            # A new one each time: an exception that is raised again and again grows by a traceback each time.
+            raise type(self._closed_reason)(str(self._closed_reason))
+        if ticket.expires != NEVER:
+            self._check_deadline(ticket, now)
+        if self._queue.is_full_for(ticket.rows):
+            self._shard.record_drop(DropCause.QUEUE_FULL)
+            self._refused_rows += ticket.rows
+            raise QueueFull(
+                f"Exceeds maximum queue size: {self._queue.rows} of {self._max_queue_rows} rows wait for {self._name}, "
+                f"got {ticket.rows} more"
+            )
+
+    def _check_deadline(self, ticket: Ticket, now: float) -> None:
+        """Raises when it is over, or will be before the request could be answered."""
+        if ticket.expires <= now:
+            self._shard.record_drop(DropCause.EXPIRED)
+            raise _expired(ticket, self._name)
+        forecast, queue = self._forecast, self._queue
+        if now >= forecast.next_look:
+            self._look(now)
+        if ticket.answer_by != NEVER:
+            forecast.saw_deadline(ticket.answer_by - now)
+        if not self.latencies.is_known or forecast.is_easy(ticket.expires - now, queue.rows):
+            return
+        start, answer = forecast.start_and_answer(now, self._free_at(now), queue.rows_ahead(ticket), queue.rows, ticket.rows)
+        if (start <= ticket.expires and answer <= ticket.answer_by) or self._is_probe(ticket, now):
+            return
+        self._shard.record_drop(DropCause.REFUSED)
+        self._refused_rows += ticket.rows
+        raise _unlikely(ticket, self._name, now, start, answer)
+
+    def _free_at(self, now: float) -> list[float]:
+        """When each instance has done what it runs, ascending; those that are about to look at the queue are free."""
+        mean = self.latencies.mean
+        ends = sorted([max(batch.began + mean(batch.rows), now) for batch in self._running.values()])
+        return [now] * (self._instances - len(ends)) + ends
+
+    def _is_probe(self, ticket: Ticket, now: float) -> bool:
+        """Whether to try it against the estimate: with the device to itself the model could do it, and nobody else waits."""
+        if self._running or self._queue.requests or now + self.latencies.possible(ticket.rows) > ticket.answer_by:
+            return False
+        self._refusing_since = min(self._refusing_since, now)
+        return now - self._refusing_since > PROBE_AFTER
+
+    def _look(self, now: float) -> None:
+        self._forecast.look(self._instances, self._queue.rows + self._queue.left_rows + self._refused_rows, now)
 
     def _wake_one(self) -> None:
         with self._lock:
@@ -134,21 +204,32 @@ class Batcher:
         now = self._clock()
         with self._lock:
             helper: Instance | None = None
+            hopeless: list[Ticket] = []
             expired = self._queue.expire(now)
             ready_at = self._ready_at()
+            due = self._queue.next_expiry()
+            if due != NEVER and ready_at <= now and self._queue.is_pressed(self.latencies, now):
+                hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
             is_full = ready_at <= now and self._queue.is_batch_full()
-            tickets = self._queue.take() if ready_at <= now else []
+            rows = self._queue.rows
+            tickets = self._queue.take(self.latencies, now) if ready_at <= now else []
             if not tickets:
                 # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
                 if instance not in self._idle:
                     self._idle.append(instance)
+                    self._instances = max(self._instances, len(self._running) + len(self._idle))
             else:
                 self._shard.record_dispatch(self._dispatch_reason(is_full))
+                self._running[tickets[0]] = _Running(now, rows - self._queue.rows, due)
+                self._instances = max(self._instances, len(self._running))
+                if now >= self._forecast.next_look:
+                    self._look(now)
                 if instance in self._idle:
                     self._idle.remove(instance)
                 if self._idle and self._queue.requests:
                     helper = self._idle.pop()
-        self._fail_expired(expired)
+        self._fail_late(expired, DropCause.EXPIRED)
+        self._fail_late(hopeless, DropCause.HOPELESS)
         if helper is not None:
             helper.wake()
         return tickets, ready_at
@@ -164,17 +245,38 @@ class Batcher:
         if not self._delay or not self._is_open or self._queue.is_batch_full():
             return 0.0
         ready_at = self._queue.oldest_enqueued() + self._delay
+        expiry = self._queue.next_expiry()
+        if expiry == NEVER:
+            return ready_at
         # Nobody is left to expire beside an idle instance.
-        return 0.0 if self._queue.next_expiry() <= ready_at else ready_at
+        if not self.latencies.is_known:
+            return 0.0 if expiry <= ready_at else ready_at
+        # The last moment at which another one may still join.
+        return min(ready_at, expiry - self.latencies.upper(min(self._queue.rows + 1, self._queue.limit)) - MARGIN)
 
     def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
         """Deliver a taken batch's answers, one hop per outlet, and give the leases back."""
+        now = self._clock()
         for ticket in tickets:
             if ticket.is_settled:
                 raise AssertionError(f"{ticket!r} settled twice")
             ticket.is_settled = True
         deliver(tickets, answers)
-        self._release(len(tickets))
+        with self._lock:
+            self._end(tickets, answers, now)
+            self._unsettled -= len(tickets)
+            is_drained = self._unsettled == 0 and not self._is_open
+        if is_drained:
+            self._report_drained()
+
+    def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float) -> None:
+        batch = self._running.pop(tickets[0])
+        if batch.due < now:
+            self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
+        if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
+            self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now)
+            self._queue.limit = self.latencies.worthwhile
+            self._refusing_since = NEVER
 
     def cancel(self, ticket: Ticket) -> bool:
         """The caller went away. True when the ticket was still queued; else its batch runs on and the answer is dropped."""
@@ -201,21 +303,21 @@ class Batcher:
         with self._lock:
             expired = self._queue.expire(self._clock())
             self._arm(self._queue.next_expiry())
-        self._fail_expired(expired)
+        self._fail_late(expired, DropCause.EXPIRED)
 
     def _arm(self, when: float) -> None:
         self._armed = when
         if when != NEVER:
             self._timer(when, self.expire)
 
-    def _fail_expired(self, expired: Sequence[Ticket]) -> None:
-        if expired:
+    def _fail_late(self, late: Sequence[Ticket], cause: DropCause) -> None:
+        if late:
             with self._lock:
-                self._shard.record_failure(FailureReason.REJECTED, len(expired))
-            for ticket in expired:
+                self._shard.record_drop(cause, len(late))
+            for ticket in late:
                 ticket.is_settled = True
-                self._drop([ticket], _expired(ticket, self._name))
-            self._release(len(expired))
+                self._drop([ticket], _expired(ticket, self._name) if cause is DropCause.EXPIRED else _hopeless(ticket, self._name))
+            self._release(len(late))
 
     def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
         """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""
@@ -285,7 +387,7 @@ class Batcher:
 def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
     outlet = tickets[0].reply.outlet
     pairs = [(ticket.reply, answer) for ticket, answer in zip(tickets, answers, strict=True)]
-    if all(reply.outlet is outlet for reply, _ in pairs):
+    if len(pairs) == 1 or len({id(reply.outlet) for reply, _ in pairs}) == 1:
         outlet.deliver(pairs)
         return
     by_outlet: dict[int, tuple[Outlet, list[tuple[Reply, Answer]]]] = {}
@@ -295,8 +397,40 @@ def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
         other.deliver(group)
 
 
+class _Running(NamedTuple):
+    """`due`: no ticket of it is, before that."""
+
+    began: float
+    rows: int
+    due: float
+
+
+_SHORTEST = 1e-6
+"""Seconds of a batch that took less than the clock can tell."""
+
+
+def _is_call_deadline(ticket: Ticket) -> bool:
+    """Whether gRPC's deadline is the one that counts; else it is the request's timeout or the model's, which Triton calls UNAVAILABLE."""
+    return ticket.reply.deadline is not None and ticket.reply.deadline <= ticket.expires
+
+
+def _unlikely(ticket: Ticket, name: str, now: float, start: float, answer: float) -> HeadraceError:
+    if ticket.expires < min(start, ticket.answer_by):
+        done, limit, foreseen = "started", ticket.expires, start
+    else:
+        done, limit, foreseen = "answered", ticket.answer_by, answer
+    text = f"cannot be {done} in time by {name}: expected within {(limit - now) * 1e3:.3g} ms, foreseen in {(foreseen - now) * 1e3:.3g} ms"
+    return DeadlineExceeded(f"the call {text}") if _is_call_deadline(ticket) else QueueTimeout(f"Request timeout: the request {text}")
+
+
+def _hopeless(ticket: Ticket, name: str) -> HeadraceError:
+    text = f"too little time is left for {name} to answer"
+    if _is_call_deadline(ticket):
+        return DeadlineExceeded(f"the call's deadline cannot be met any more: {text}")
+    return QueueTimeout(f"Request timeout cannot be met any more: {text}")
+
+
 def _expired(ticket: Ticket, name: str) -> HeadraceError:
-    deadline = ticket.reply.deadline
-    if deadline is not None and deadline <= ticket.expires:
+    if _is_call_deadline(ticket):
         return DeadlineExceeded(f"the call's deadline passed while the request was queued for {name}")
     return QueueTimeout(f"Request timeout expired while the request was queued for {name}")

@@ -1,4 +1,8 @@
-"""From a request and its call to a ticket: validation, priority and the time after which nobody wants the answer. Pure."""
+"""From a request and its call to a ticket: validation, priority and the time after which nobody wants the answer. Pure.
+
+A deadline is the smallest of the call's, the `timeout` that the request names and the model's slo. The model's default_timeout is
+Triton's, which bounds the queue alone: a configuration that works there has it far below what a batch takes.
+"""
 
 from __future__ import annotations
 
@@ -18,27 +22,23 @@ def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRe
     for output in request.outputs:
         _check_output_parameters(output)
     priority = batching.default_priority_level
-    expires = reply.deadline if reply.deadline is not None else NEVER
-    timeout = batching.default_timeout
+    answer_by = reply.deadline if reply.deadline is not None else NEVER
+    if batching.slo:
+        answer_by = min(answer_by, arrived + batching.slo)
     if request.parameters:
         _check_reserved(request.parameters)
         priority = _priority(request.parameters, batching)
         timeout = _timeout(request.parameters, batching)
-    if timeout:
-        expires = min(expires, arrived + timeout)
+        if timeout:
+            answer_by = min(answer_by, arrived + timeout)
+    expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
+    rows, key, reordered, outputs = admission
+    inputs = request.inputs if reordered is None else reordered
+    is_bound = bool(request.version)
+    # By position: keywords make it half as dear again.
     return Ticket(
-        reply,
-        admission.rows,
-        admission.key,
-        admission.inputs,
-        admission.output_indexes,
-        id=request.id,
-        priority=priority,
-        expires=expires,
-        arrived=arrived,
-        is_bound=bool(request.version),
-        destinations=request.destinations,
-    )
+        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations
+    )  # fmt: skip
 
 
 def _check_output_parameters(output: RequestedOutput) -> None:
@@ -66,13 +66,9 @@ def _priority(parameters: Parameters, batching: BatchingConfig) -> int:
 
 
 def _timeout(parameters: Parameters, batching: BatchingConfig) -> float:
-    """The `timeout` parameter in microseconds lowers the model's default; without a default it stands alone.
-
-    Triton ignores it where the model has no default timeout; its users keep asking why (server issue 7532).
-    """
+    """The `timeout` parameter in microseconds, as seconds; 0: none. The protocol: a request that cannot be completed within it may
+    be ended. Triton ignores it where the model has no default timeout; its users keep asking why (server issue 7532)."""
     given = parameters.get("timeout", 0)
     if isinstance(given, bool) or not isinstance(given, int) or given < 0:
         raise InvalidRequest(f"parameter 'timeout': expected microseconds as an integer >= 0, got {given!r}")
-    if not given or not batching.allow_timeout_override:
-        return batching.default_timeout
-    return min(given / 1e6, batching.default_timeout or NEVER)
+    return given / 1e6 if batching.allow_timeout_override else 0.0

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
+from headrace.batching.latency import Interference
 from headrace.errors import NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
@@ -61,6 +63,8 @@ class ModelManager:
         self._has_settled = False
         self._is_stopping = False
         self._trim: asyncio.TimerHandle | None = None
+        self._interference: defaultdict[str, Interference] = defaultdict(Interference)
+        """By device."""
         self._parts = Parts(
             backends=backends,
             timer=timer,
@@ -69,6 +73,7 @@ class ModelManager:
             tasks=self._tasks,
             events=self.event_log,
             access_log=access_log,
+            interference=self._interference.__getitem__,
             drain_grace=drain_grace,
             pause=pause,
             notify=self._notify,

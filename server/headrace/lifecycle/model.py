@@ -236,6 +236,7 @@ class Model:
             timer=self._parts.timer,
             schedule=self._parts.schedule,
             access_log=self._parts.access_log,
+            interference=self._parts.interference,
             on_change=self._version_changed,
             pause=self._parts.pause,
         )

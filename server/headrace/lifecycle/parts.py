@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer
+from headrace.batching.latency import Interference
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.version import ModelVersion
@@ -16,8 +17,8 @@ from headrace.telemetry.access_log import AccessLog
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """`slots`: versions that are fetched and loaded at a time. `drain_grace`, `pause`: seconds, see ModelVersion. `notify` after any
-    change, `unloaded` with each version that is gone."""
+    """`slots`: versions that are fetched and loaded at a time. `interference` of a device, by its name. `drain_grace`, `pause`:
+    seconds, see ModelVersion. `notify` after any change, `unloaded` with each version that is gone."""
 
     backends: BackendRegistry
     timer: Callable[[], Timer]
@@ -26,6 +27,7 @@ class Parts:
     tasks: Tasks
     events: EventLog
     access_log: AccessLog | None
+    interference: Callable[[str], Interference]
     drain_grace: float
     pause: float
     notify: Callable[[], None]

@@ -37,8 +37,9 @@ def read_recorded(signature: Signature, model_directory: Path, version_directory
 
 def _decode(signature: Signature, path: Path) -> dict[str, Array]:
     try:
-        admission = signature.validate(decode_request(path.read_bytes()))
+        request = decode_request(path.read_bytes())
+        admission = signature.validate(request)
     except HeadraceError as error:
         raise LoadError(f"{DIRECTORY}/{path.name}: expected a ModelInferRequest for this model: {error}") from None
-    inputs = zip(signature.inputs, admission.inputs, strict=True)
+    inputs = zip(signature.inputs, admission.inputs(request), strict=True)
     return {spec.name: as_array(spec, tensor) for spec, tensor in inputs if tensor is not None}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from headrace.config import RolloutConfig
@@ -13,7 +13,7 @@ from headrace.errors import InvalidRequest
 from headrace.lifecycle.rollout import Decision, Evidence, Verdict, evidence, is_chosen, judge, spread, table
 from headrace.lifecycle.shadow import Shadow
 from headrace.lifecycle.version import ModelVersion
-from headrace.lifecycle.view import RolloutDescription, Submits
+from headrace.lifecycle.view import Call, Refused, RolloutDescription, Submits
 from headrace.requests import InferRequest, Reply
 
 LOOK_EVERY = 0.25
@@ -141,6 +141,12 @@ class _Mirrored:
         trial = self._trial
         trial.shadow.mirror(request, reply, trial.candidate)
         trial.baseline.submit(request, reply, arrived)
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        trial = self._trial
+        for request, reply in calls:
+            trial.shadow.mirror(request, reply, trial.candidate)
+        return trial.baseline.submit_all(calls, arrived)
 
 
 def sticky_key(request: InferRequest) -> str:

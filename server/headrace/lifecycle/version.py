@@ -15,7 +15,7 @@ from pathlib import Path
 from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
-from headrace.batching.latency import inline_rows, worthwhile_batch
+from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, without_batching
@@ -23,6 +23,7 @@ from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
@@ -57,6 +58,7 @@ class ModelVersion:
         timer: Callable[[], Timer],
         schedule: Schedule,
         access_log: AccessLog | None = None,
+        interference: Callable[[str], Interference] | None = None,
         on_change: Callable[[ModelVersion], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
@@ -79,6 +81,7 @@ class ModelVersion:
         self._timer = timer
         self._schedule = schedule
         self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
+        self._interference = interference
         self._on_change = on_change
         self._pause = pause
         self._clock = clock
@@ -119,6 +122,10 @@ class ModelVersion:
         return self._batcher.pending_rows if self._batcher else 0
 
     @property
+    def latency_stats(self) -> LatencyStats | None:
+        return self._batcher.latency_stats() if self._batcher else None
+
+    @property
     def pending_requests(self) -> int:
         return self._batcher.pending_requests if self._batcher else 0
 
@@ -133,17 +140,30 @@ class ModelVersion:
     # -- serving: any thread -------------------------------------------------------------------------------------------
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
+        for _, _, error in self.submit_all([(request, reply)], arrived):
+            raise error
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
         batcher, effective = self._batcher, self.effective
         if batcher is None or effective is None:
-            raise NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state")
-        try:
-            ticket = make_ticket(effective.signature, effective.batching, request, reply, arrived)
-        except InvalidRequest:
-            batcher.count_failure(FailureReason.OTHER)
-            raise
-        reply.ticket = ticket
-        reply.cancel = batcher.cancel_reply
-        batcher.submit(ticket)
+            reason = f"Request for unknown model: '{self.model}' version {self.version} is not at ready state"
+            return [(request, reply, NotReady(reason)) for request, reply in calls]
+        refused: list[Refused] = []
+        tickets = []
+        signature, batching, cancel = effective.signature, effective.batching, batcher.cancel_reply
+        for request, reply in calls:
+            try:
+                ticket = make_ticket(signature, batching, request, reply, arrived)
+            except InvalidRequest as error:
+                batcher.count_failure(FailureReason.OTHER)
+                refused.append((request, reply, error.with_traceback(None)))
+                continue
+            reply.ticket = ticket
+            reply.cancel = cancel
+            tickets.append(ticket)
+        for ticket, refusal in batcher.submit_all(tickets):
+            refused.extend((request, reply, refusal) for request, reply in calls if reply is ticket.reply)
+        return refused
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 
@@ -238,7 +258,7 @@ class ModelVersion:
         try:
             warm = await self._start_workers(effective, directory, backend, known, pause)
         except BatchAxisError as error:
-            effective = without_batching(effective, str(error))
+            effective, known = without_batching(effective, str(error)), NOTHING_KNOWN
             warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
@@ -248,7 +268,7 @@ class ModelVersion:
             self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.latencies = dict(warm.seconds)
         self.effective = effective
-        self._open(effective)
+        self._open(effective, known.table)
 
     async def _start_workers(
         self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float
@@ -278,23 +298,29 @@ class ModelVersion:
             raise errors[0].with_traceback(None)
         return next(result for result in results if isinstance(result, WarmUp))
 
-    def _open(self, effective: EffectiveModel) -> None:
+    def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
         counters = VersionCounters()
         self.counters = counters
         encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
-        limit = worthwhile_batch(self.latencies, effective.signature.max_batch_size)
+        allowed = effective.batching.allowed_batch_sizes
+        table = LatencyTable(
+            self.latencies,
+            effective.signature.max_batch_size,
+            self._interference(effective.instances.device) if self._interference else None,
+            is_stepped=bool(allowed),
+            before=before,
+        )
         batcher = Batcher(
             self.name,
             effective.batching,
-            batch_limit=limit,
+            latencies=table,
             clock=self._clock,
             timer=self._timer(),
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._access_log.dropped if self._access_log else None,
         )
-        allowed = effective.batching.allowed_batch_sizes
-        inline = inline_rows(self.latencies, limit) if self._may_run_inline(effective) else 0
+        inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
             self._runners.append(runner)
@@ -302,7 +328,7 @@ class ModelVersion:
                 worker.serve_inline(batcher, runner, inline)
             else:
                 worker.serve(batcher, runner)
-        log.debug("instances opened", version=self.name, batch_limit=limit, inline_rows=inline)
+        log.debug("instances opened", version=self.name, batch_limit=table.worthwhile, inline_rows=inline)
         self._batcher = batcher
 
     @staticmethod
@@ -409,7 +435,8 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
         effective.backend, effective.signature, effective.batching, effective.instances,
     )  # fmt: skip
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
-    return Known(before.latencies, has_same_graph) if is_alike else NOTHING_KNOWN
+    table = before._batcher.latencies if before._batcher is not None else None
+    return Known(before.latencies, has_same_graph, table) if is_alike else NOTHING_KNOWN
 
 
 async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:

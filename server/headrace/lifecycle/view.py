@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
+from headrace.errors import HeadraceError
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.events import Actor, EventLog
 from headrace.lifecycle.state import VersionState
@@ -14,12 +16,29 @@ from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.counters import VersionCounters
 
+Call = tuple[InferRequest, Reply]
+Refused = tuple[InferRequest, Reply, HeadraceError]
+
 
 class Submits(Protocol):
     """Whoever answers requests."""
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         """Validate and enqueue; from any thread. Raises HeadraceError, after which the reply is still the caller's to settle."""
+
+    def submit_all(self, calls: Sequence[Call], arrived: float) -> list[Refused]:
+        """As `submit` of each, for calls that came together: all are queued before the first runs. Those that it would raise for."""
+
+
+def submit_each(to: Submits, calls: Sequence[Call], arrived: float) -> list[Refused]:
+    """`submit_all` for those that have something to do for each call."""
+    refused: list[Refused] = []
+    for request, reply in calls:
+        try:
+            to.submit(request, reply, arrived)
+        except HeadraceError as error:
+            refused.append((request, reply, error.with_traceback(None)))
+    return refused
 
 
 class VersionView(Submits, Protocol):
@@ -45,6 +64,9 @@ class VersionView(Submits, Protocol):
     def pending_requests(self) -> int: ...
     @property
     def load_seconds(self) -> float: ...
+    @property
+    def latency_stats(self) -> LatencyStats | None:
+        """None where it serves nothing."""
 
 
 @dataclass(frozen=True, slots=True)

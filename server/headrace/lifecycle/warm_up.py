@@ -13,6 +13,7 @@ import numpy as np
 from headrace.backends.base import Array, Backend
 from headrace.backends.worker import WarmUp
 from headrace.batching.batch_queue import NEVER
+from headrace.batching.latency import LatencyTable
 from headrace.errors import HeadraceError, LoadError
 from headrace.lifecycle.recorded import Recorded
 from headrace.signature import Signature
@@ -32,10 +33,14 @@ CLEAR_FALLS = 2
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """l(b) of the version before this one, and whether it has the same graph, so that its batch dimension is one too."""
+    """l(b) of the version before this one, and whether it has the same graph, so that its batch dimension is one too.
+
+    `table`: what its batches have shown since, by how much they differ from its warm-up.
+    """
 
     seconds: Mapping[int, float]
     has_same_graph: bool = False
+    table: LatencyTable | None = None
 
 
 NOTHING_KNOWN = Known({})

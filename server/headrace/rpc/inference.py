@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from headrace.batching.together import TogetherSchedule
 from headrace.errors import HeadraceError, NotReady
-from headrace.lifecycle.view import ModelsView
+from headrace.lifecycle.view import Call, ModelsView, Submits
 from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
 from headrace.telemetry.access_log import AccessLog
@@ -22,16 +21,9 @@ would mean that versions change faster than one request is handed over."""
 class InferenceService:
     """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
-    def __init__(
-        self,
-        models: ModelsView,
-        access_log: AccessLog | None = None,
-        together: TogetherSchedule | None = None,
-        regions: Regions | None = None,
-    ) -> None:
+    def __init__(self, models: ModelsView, access_log: AccessLog | None = None, regions: Regions | None = None) -> None:
         self._models = models
         self._access_log = access_log
-        self._together = together
         self._decode = RequestDecoder(regions).decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
@@ -45,23 +37,48 @@ class InferenceService:
             request = self._decode(message)
             self._submit(request, reply, arrived)
         except Exception as error:
-            known = as_known(error, "ModelInfer", request.id if request else "")
-            if self._access_log is not None:
-                self._record_refusal(self._access_log, request, reply, known, arrived)
-            reply.fail(known)
+            self._refuse(request, reply, error, arrived)
         return request
 
-    def submit_together(self, calls: Iterable[tuple[bytes, Reply]]) -> None:
-        """As `submit` of each; models look at their queues once, after the last."""
-        together = self._together
-        if together is not None:
-            together.begin()
+    def submit_all(self, calls: Iterable[tuple[bytes, Reply]]) -> None:
+        """As `submit` of each, for messages that came together: those for one model are queued before the first of them runs."""
+        arrived = time.monotonic()
+        waiting: dict[Submits, list[Call]] = {}
+        decode, choose = self._decode, self._models.choose
+        for message, reply in calls:
+            request = None
+            try:
+                request = decode(message)
+                submits = choose(request)
+            except Exception as error:
+                self._refuse(request, reply, error, arrived)
+                continue
+            known = waiting.get(submits)
+            if known is None:
+                waiting[submits] = [(request, reply)]
+            else:
+                known.append((request, reply))
+        for submits, together in waiting.items():
+            try:
+                refused: Sequence[tuple[InferRequest, Reply, Exception]] = submits.submit_all(together, arrived)
+            except Exception as error:
+                refused = [(request, reply, error) for request, reply in together]
+            for request, reply, reason in refused:
+                self._refuse_or_retry(request, reply, reason, arrived)
+
+    def _refuse_or_retry(self, request: InferRequest, reply: Reply, error: Exception, arrived: float) -> None:
         try:
-            for message, reply in calls:
-                self.submit(message, reply)
-        finally:
-            if together is not None:
-                together.end()
+            if not isinstance(error, NotReady):
+                raise error
+            self._submit(request, reply, arrived)
+        except Exception as final:
+            self._refuse(request, reply, final, arrived)
+
+    def _refuse(self, request: InferRequest | None, reply: Reply, error: Exception, arrived: float) -> None:
+        known = as_known(error, "ModelInfer", request.id if request else "")
+        if self._access_log is not None:
+            self._record_refusal(self._access_log, request, reply, known, arrived)
+        reply.fail(known)
 
     @property
     def wants_peer(self) -> bool:

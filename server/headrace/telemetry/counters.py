@@ -60,6 +60,17 @@ class DispatchReason(enum.IntEnum):
     DELAY = 2
 
 
+class DropCause(enum.IntEnum):
+    """Why a request was rejected, or of no use: the queue was at its bound, its deadline could not be met when it came, it waited
+    past it, it was taken out because it could not be met any more; or it was answered, but too late."""
+
+    QUEUE_FULL = 0
+    REFUSED = 1
+    EXPIRED = 2
+    HOPELESS = 3
+    LATE = 4
+
+
 class Stage(enum.IntEnum):
     """The durations of one request. `REQUEST` is from the message's arrival to its encoded answer."""
 
@@ -112,6 +123,7 @@ class CounterShard:
         "batch_sizes",
         "buckets",
         "dispatches",
+        "drops",
         "failure_seconds",
         "failures",
         "last_inference",
@@ -128,6 +140,7 @@ class CounterShard:
         self.seconds = [0.0] * len(Stage)
         self.batch_sizes: dict[int, list[float]] = {}
         self.dispatches = [0] * len(DispatchReason)
+        self.drops = [0] * len(DropCause)
         self.failures = [0] * len(FailureReason)
         self.failure_seconds = [0.0] * len(FailureReason)
         self.nonfinite = 0
@@ -182,6 +195,12 @@ class CounterShard:
     def record_dispatch(self, reason: DispatchReason) -> None:
         """Count a batch that was handed to an instance."""
         self.dispatches[reason] += 1
+
+    def record_drop(self, cause: DropCause, count: int = 1) -> None:
+        """Count `count` requests that were of no use; those that were not answered at all are rejected ones too."""
+        self.drops[cause] += count
+        if cause is not DropCause.LATE:
+            self.failures[FailureReason.REJECTED] += count
 
     def record_failure(self, reason: FailureReason, count: int = 1, seconds: float = 0.0) -> None:
         """Count `count` requests that failed, which together took `seconds`. They touch no other number (Triton's rule)."""
@@ -240,7 +259,8 @@ class CounterSnapshot:
 
     `buckets[stage]`: counts per bucket of DURATION_EDGES and one beyond the last (not cumulative), `seconds[stage]` their sums,
     one entry a request. `row_buckets` likewise over ROW_EDGES, one entry a batch. `batch_sizes` is by rows, ascending.
-    `failures` and `failure_seconds` are by FailureReason, `dispatches` by DispatchReason; `last_inference` is the wall clock's.
+    `failures` and `failure_seconds` are by FailureReason, `dispatches` by DispatchReason, `drops` by DropCause; `last_inference` is the
+    wall clock's.
     `nonfinite`: requests answered with NaN or infinity, of those that were looked at (BatchRunner.screen_outputs).
     """
 
@@ -251,6 +271,7 @@ class CounterSnapshot:
     failures: tuple[int, ...]
     failure_seconds: tuple[float, ...]
     dispatches: tuple[int, ...]
+    drops: tuple[int, ...]
     buckets: tuple[tuple[int, ...], ...]
     seconds: tuple[float, ...]
     row_buckets: tuple[int, ...]
@@ -286,6 +307,7 @@ class VersionCounters:
             failures=_total([shard.failures for shard in shards], len(FailureReason)),
             failure_seconds=_total([shard.failure_seconds for shard in shards], len(FailureReason)),
             dispatches=_total([shard.dispatches for shard in shards], len(DispatchReason)),
+            drops=_total([shard.drops for shard in shards], len(DropCause)),
             buckets=tuple([_total([shard.buckets[stage] for shard in shards], _BUCKETS) for stage in Stage]),
             seconds=_total([shard.seconds for shard in shards], len(Stage)),
             row_buckets=_row_buckets(sizes),

@@ -11,10 +11,11 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
 from headrace import __version__
+from headrace.batching.latency import LatencyStats
 from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import VersionView
-from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, FailureReason, Stage
+from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, DropCause, FailureReason, Stage
 from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
 from headrace.telemetry.machine import MachineCollector
 from headrace.telemetry.shadow_metrics import shadow_lines
@@ -88,6 +89,12 @@ class VersionFamilies:
         self._states = Family("headrace_version_state", "gauge", "1 for the state that a version is in.")
         self._requests = Family("headrace_requests_total", "counter", "Requests by how they ended.")
         self._dispatches = Family("headrace_dispatches_total", "counter", "Batches by why they were started.")
+        self._drops = Family("headrace_drops_total", "counter", "Requests of no use, by why: not answered in time, or too late.")
+        self._latencies = Family("headrace_batch_latency_seconds", "gauge", "What a batch of so many rows is expected to take now.")
+        self._worthwhile = Family("headrace_worthwhile_rows", "gauge", "Rows beyond which another request is not added to a batch.")
+        self._interference = Family(
+            "headrace_interference_ratio", "gauge", "How much longer batches take on the device than their models alone."
+        )
         self._failures = Family("nv_inference_request_failure", "counter", "Requests failed, by reason.")
         self._rows = HistogramFamily("headrace_batch_rows", "Rows of the batches that ran, without padding.", ROW_EDGES)
         self._stages = [(HistogramFamily(name, doc, DURATION_EDGES), stage) for name, stage, doc in _HISTOGRAMS]
@@ -102,6 +109,15 @@ class VersionFamilies:
             self._add_counts(labels, version.counters.snapshot())
             for family, measure in self._gauges:
                 family.add(labels, measure(version))
+            if version.latency_stats is not None:
+                self._add_latencies(labels, version.latency_stats)
+
+    def _add_latencies(self, labels: str, stats: LatencyStats) -> None:
+        for estimate, seconds in (("mean", stats.mean), ("upper", stats.upper)):
+            for rows, value in seconds.items():
+                self._latencies.add(f'{labels},rows="{rows}",estimate="{estimate}"', value)
+        self._worthwhile.add(labels, stats.worthwhile)
+        self._interference.add(labels, stats.factor)
 
     def _add_counts(self, labels: str, counts: CounterSnapshot) -> None:
         for histogram, stage in self._stages:
@@ -116,9 +132,12 @@ class VersionFamilies:
             self._failures.add(f'{labels},reason="{reason.name}"', counts.failures[reason])
         for dispatch in DispatchReason:
             self._dispatches.add(f'{labels},reason="{dispatch.name.lower()}"', counts.dispatches[dispatch])
+        for cause in DropCause:
+            self._drops.add(f'{labels},cause="{cause.name.lower()}"', counts.drops[cause])
 
     def lines(self, is_openmetrics: bool) -> list[str]:
-        families = [self._states, self._requests, self._dispatches, self._failures, self._rows]
+        families = [self._states, self._requests, self._dispatches, self._drops, self._failures, self._rows]
+        families += [self._latencies, self._worthwhile, self._interference]
         families += [family for family, _ in (*self._stages, *self._counters, *self._gauges)]
         return [line for family in families for line in family.lines(is_openmetrics)]
 

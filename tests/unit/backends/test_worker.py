@@ -12,6 +12,7 @@ import pytest
 from headrace.backends.base import Backend
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher
+from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig, InstanceConfig
 from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, InputTensor, Reply, Ticket
@@ -53,7 +54,12 @@ def loaded(backend: Backend) -> Worker:
 def parts(batch_limit: int = 4) -> tuple[Batcher, BatchRunner]:
     counters = VersionCounters()
     batcher = Batcher(
-        "m:1", BatchingConfig(), batch_limit=batch_limit, clock=time.monotonic, timer=lambda when, call: None, shard=counters.shard()
+        "m:1",
+        BatchingConfig(),
+        latencies=LatencyTable({}, batch_limit),
+        clock=time.monotonic,
+        timer=lambda when, call: None,
+        shard=counters.shard(),
     )
     return batcher, BatchRunner("m:1", SIGNATURE, RowsEncoder(), (), counters.shard())
 

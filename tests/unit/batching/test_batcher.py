@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
-from headrace.batching.batcher import Batcher
+from headrace.batching.batch_queue import NEVER
+from headrace.batching.batcher import PROBE_AFTER, Batcher
+from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig
 from headrace.errors import BackendError, Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Reply, Ticket
-from headrace.telemetry.counters import FailureReason, VersionCounters
+from headrace.telemetry.counters import DropCause, FailureReason, VersionCounters
 from headrace.testing import CollectingOutlet
+
+NOTHING: Mapping[int, float] = {}
+LINEAR = {1: 0.5, 2: 0.6, 4: 0.8, 8: 1.2}
 
 
 class World:
     """A batcher with a clock and a timer that the test turns by hand."""
 
-    def __init__(self, batch_limit: int = 8, **config: object) -> None:
+    def __init__(self, batch_limit: int = 8, seconds: Mapping[int, float] = NOTHING, **config: object) -> None:
         self.now = 0.0
         self.timer: tuple[float, Callable[[], None]] | None = None
         self.outlet = CollectingOutlet()
@@ -25,7 +30,7 @@ class World:
         self.batcher = Batcher(
             "m:1",
             BatchingConfig(**config),  # type: ignore[arg-type]
-            batch_limit=batch_limit,
+            latencies=LatencyTable(seconds, batch_limit),
             clock=lambda: self.now,
             timer=self.set_timer,
             shard=self.counters.shard(),
@@ -41,8 +46,18 @@ class World:
             self.timer = None
             callback()
 
-    def submit(self, id: str, rows: int = 1, key: object = (), expires: float = float("inf"), deadline: float | None = None) -> Ticket:
-        ticket = Ticket(Reply(self.outlet, deadline), rows, key, (), (), id=id, expires=expires)  # type: ignore[arg-type]
+    def submit(
+        self,
+        id: str,
+        rows: int = 1,
+        key: object = (),
+        expires: float = NEVER,
+        deadline: float | None = None,
+        answer_by: float = NEVER,
+    ) -> Ticket:
+        reply = Reply(self.outlet, deadline)
+        expires = min(expires, answer_by)
+        ticket = Ticket(reply, rows, key, (), (), id=id, expires=expires, answer_by=answer_by)  # type: ignore[arg-type]
         self.batcher.submit(ticket)
         return ticket
 
@@ -158,12 +173,111 @@ def test_refusals_while_draining_do_not_pile_up_in_one_exception() -> None:
     assert depths == depths[:1] * 5
 
 
+def busy(world: World) -> list[Ticket]:
+    """The only instance runs a batch of one row."""
+    world.submit("running")
+    tickets, _ = world.batcher.take(FakeInstance())
+    return tickets
+
+
+def test_a_deadline_that_cannot_be_met_is_refused_at_once_and_says_why() -> None:
+    world = World(seconds=LINEAR)
+    busy(world)
+    with pytest.raises(QueueTimeout, match="expected within 700 ms, foreseen in 1"):
+        world.submit("slow", answer_by=0.7)
+    with pytest.raises(DeadlineExceeded, match="cannot be answered in time by m:1"):
+        world.submit("slow", deadline=0.7, answer_by=0.7)
+    assert world.batcher.pending_requests == 0
+    assert world.counters.snapshot().drops[DropCause.REFUSED] == 2
+    assert world.counters.snapshot().failures[FailureReason.REJECTED] == 2
+
+
+def test_a_request_that_need_only_start_in_time_is_not_refused_for_how_long_it_takes() -> None:
+    world = World(seconds=LINEAR)
+    world.submit("short", expires=0.1)
+    busy(world)
+    with pytest.raises(QueueTimeout, match="cannot be started in time"):
+        world.submit("late", expires=0.1)
+
+
+def test_requests_without_a_deadline_are_queued_however_long_it_takes() -> None:
+    world = World(seconds=LINEAR)
+    busy(world)
+    for number in range(1000):
+        world.submit(str(number))
+    assert world.batcher.pending_requests == 1000
+
+
+def test_what_batches_take_is_learnt_and_failed_ones_teach_nothing() -> None:
+    world = World(seconds=LINEAR)
+    for answer in (BackendError("boom"), b""):
+        before = world.batcher.latencies.mean(1)
+        tickets = busy(world)
+        world.advance(2.0)
+        world.batcher.settle(tickets, [answer])
+        assert (world.batcher.latencies.mean(1) > 1.2 * before) == (answer == b"")
+
+
+def test_refusals_end_by_themselves_when_the_model_is_fast_again() -> None:
+    world = World(seconds=LINEAR)
+    for _ in range(5):
+        tickets = busy(world)
+        world.advance(4.0)
+        world.batcher.settle(tickets, [b""])
+    for _ in range(2):
+        with pytest.raises(QueueTimeout):
+            world.submit("fair", answer_by=world.now + 1.0)
+    world.advance(PROBE_AFTER + 0.1)
+    world.submit("fair", answer_by=world.now + 1.0)
+
+
+def test_a_deadline_shorter_than_the_model_ever_was_is_never_tried() -> None:
+    world = World(seconds=LINEAR)
+    for _ in range(5):
+        with pytest.raises(QueueTimeout):
+            world.submit("vain", answer_by=world.now + 0.1)
+        world.advance(2 * PROBE_AFTER)
+
+
+def test_what_became_hopeless_in_the_queue_is_answered_and_does_not_hold_up_the_rest() -> None:
+    world = World(seconds=LINEAR)
+    running = busy(world)
+    hopeless, other = world.submit("hopeless", answer_by=1.5), world.submit("other")
+    world.advance(1.2)
+    world.batcher.settle(running, [b""])
+    assert world.batcher.take(FakeInstance())[0] == [other]
+    assert isinstance(world.outlet.answers[hopeless.reply], QueueTimeout)
+    assert world.counters.snapshot().drops[DropCause.HOPELESS] == 1
+
+
+def test_answers_after_their_deadline_are_given_and_counted() -> None:
+    world = World(seconds=LINEAR)
+    late = world.submit("late", answer_by=0.7)
+    tickets, _ = world.batcher.take(FakeInstance())
+    world.advance(0.8)
+    world.batcher.settle(tickets, [b"answer"])
+    assert world.outlet.answers[late.reply] == b"answer"
+    assert world.counters.snapshot().drops[DropCause.LATE] == 1
+
+
+def test_the_queue_delay_ends_when_another_request_could_no_longer_join_in_time() -> None:
+    world = World(seconds=LINEAR, max_queue_delay=10.0)
+    world.submit("due", answer_by=3.0)
+    _, until = world.batcher.take(FakeInstance())
+    assert until == pytest.approx(3.0 - world.batcher.latencies.upper(2), abs=0.01)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(seed: int) -> None:
     """Cancels, expiries, full queues, failing batches, several instances at work, and a shutdown at the end, in any order."""
     print("seed", seed)
     rng = random.Random(seed)
-    world = World(batch_limit=rng.choice([1, 3, 8]), max_queue_size=rng.choice([0, 12]), max_queue_delay=rng.choice([0.0, 0.3]))
+    world = World(
+        batch_limit=rng.choice([1, 3, 8]),
+        seconds=rng.choice([NOTHING, LINEAR]),
+        max_queue_size=rng.choice([0, 12]),
+        max_queue_delay=rng.choice([0.0, 0.3]),
+    )
     admitted: dict[str, Ticket] = {}
     expected: dict[str, object] = {}
     running: list[tuple[FakeInstance, list[Ticket]]] = []
@@ -172,10 +286,11 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
     def submit() -> None:
         id = f"r{len(expected)}"
         expected[id] = None
-        expires = world.now + rng.random() * 3 if rng.random() < 0.3 else float("inf")
+        expires = world.now + rng.random() * 3 if rng.random() < 0.3 else NEVER
+        answer_by = world.now + rng.random() * 4 if rng.random() < 0.3 else NEVER
         try:
-            admitted[id] = world.submit(id, rng.randint(1, 3), rng.choice("xy"), expires)
-        except (QueueFull, NotReady) as error:
+            admitted[id] = world.submit(id, rng.randint(1, 3), rng.choice("xy"), expires, answer_by=answer_by)
+        except (QueueFull, QueueTimeout, NotReady) as error:
             expected[id] = error
 
     def take() -> None:

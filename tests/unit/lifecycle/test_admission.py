@@ -16,20 +16,28 @@ def admit(parameters: Parameters, batching: BatchingConfig, deadline: float | No
     return make_ticket(SIGNATURE, batching, request, Reply(CollectingOutlet(), deadline), 100.0)
 
 
+NEVER = float("inf")
+
+
 @pytest.mark.parametrize(
-    ("timeout", "default", "deadline", "expires"),
+    ("timeout", "default", "slo", "deadline", "expires", "answer_by"),
     [
-        (0, 0.0, None, float("inf")),
-        (0, 2.0, None, 102.0),
-        (1_000_000, 2.0, None, 101.0),
-        (9_000_000, 2.0, None, 102.0),
-        (1_000_000, 0.0, None, 101.0),
-        (0, 0.0, 100.5, 100.5),
-        (1_000_000, 0.0, 100.5, 100.5),
+        (0, 0.0, 0.0, None, NEVER, NEVER),
+        (0, 2.0, 0.0, None, 102.0, NEVER),
+        (1_000_000, 2.0, 0.0, None, 101.0, 101.0),
+        (9_000_000, 2.0, 0.0, None, 102.0, 109.0),
+        (1_000_000, 0.0, 0.0, None, 101.0, 101.0),
+        (0, 0.0, 0.0, 100.5, 100.5, 100.5),
+        (1_000_000, 0.0, 0.0, 100.5, 100.5, 100.5),
+        (0, 0.0, 0.3, None, 100.3, 100.3),
+        (1_000_000, 0.2, 0.3, 100.5, 100.2, 100.3),
     ],
 )
-def test_the_earliest_of_deadline_default_and_timeout_counts(timeout: int, default: float, deadline: float | None, expires: float) -> None:
-    assert admit({"timeout": timeout}, BatchingConfig(default_timeout=default), deadline).expires == expires
+def test_the_earliest_of_deadline_timeout_and_slo_counts_and_the_default_timeout_for_the_start(
+    timeout: int, default: float, slo: float, deadline: float | None, expires: float, answer_by: float
+) -> None:
+    ticket = admit({"timeout": timeout}, BatchingConfig(default_timeout=default, slo=slo), deadline)
+    assert (ticket.expires, ticket.answer_by) == (expires, answer_by)
 
 
 def test_timeout_override_can_be_switched_off() -> None:

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from loadtests.comparison import Cell, Reference, Report, as_json, render
+from loadtests.comparison import Cell, Reference, Report, as_json, baseline_of, echoes_of, from_json, render, summary
 from loadtests.machine import Noise, noisy_probes
 from loadtests.reference import Speed
 
@@ -64,3 +64,37 @@ def test_noise_is_judged_by_the_best_of_its_core() -> None:
     slow = Noise(0, 1.1, 1.2, 1.3, 0.0)
     stolen = Noise(1, 5.0, 5.0, 5.0, 0.05)
     assert noisy_probes([quiet, slow, stolen]) == [slow, stolen]
+
+
+def test_a_report_is_read_back_from_its_json(report: Report) -> None:
+    report.command, report.noise = "python -m loadtests.compare", [Noise(0, 1.0, 1.05, 1.2, 0.0)]
+    assert from_json(json.loads(as_json(report))) == report
+
+
+@pytest.mark.parametrize(("change", "said"), [({"facts": None}, "not the JSON"), ({"cells": [{"wrong": 1}]}, "wrong")])
+def test_json_of_something_else_is_refused(report: Report, change: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        from_json(json.loads(as_json(report)) | change)
+
+
+def test_echoes_are_of_the_servers_own_transport() -> None:
+    names = ["headrace-native", "headrace", "echo-native", "echo-grpcio", "triton"]
+    assert echoes_of("headrace-native", names) == ["echo-native"]
+    assert echoes_of("headrace", names) == ["echo-native", "echo-grpcio"]
+    assert echoes_of("echo-native", names) == []
+
+
+def test_an_echo_is_not_what_others_are_set_in_proportion_to() -> None:
+    assert baseline_of(["ours", "theirs", "echo-native"]) == "theirs"
+    assert baseline_of(["echo-native"]) == "echo-native"
+
+
+def test_the_fraction_of_an_echo_is_taken_within_a_round() -> None:
+    cells = [cell(0, "headrace-native", 20.0), cell(0, "echo-native", 40.0), cell(1, "echo-native", 40.0), cell(1, "headrace-native", 30.0)]
+    text = render(Report({}, {}, cells), ["headrace-native", "echo-native"], ["mlp"], [16])
+    assert "| mlp   | headrace-native | echo-native | rate     | 0.625 (0.500-0.750) |" in text
+    assert "| mlp   | headrace-native | echo-native | CPU time | 1.00                |" in text
+
+
+def test_the_summary_has_one_row_a_server(report: Report) -> None:
+    assert [row[:3] for row in summary(report).rows] == [["mlp", "ours", "30.0 (20.0-60.0)"], ["mlp", "theirs", "15.0 (10.0-20.0)"]]
