@@ -388,6 +388,8 @@ def _run_swap(plan: Plan, report: Report, number: int, entrant: Entrant, models:
             swaps = max(1, int(plan.seconds / plan.every))
             with load.publishing(swaps, plan.every, plan.spare_cores):
                 bench.enter(bench.poisson(model, rate, plan.seconds))
+            if (last := load.ask_newest(client)) is not None:
+                bench.check(last, f"{model}, after the last version")
             text = f"round {number + 1}, swap, {entrant.name}, {model}"
             report.failures += [f"{text}: {failure}" for failure in load.judge()]
             report.notes.append(f"{text}: {load.summary()}")
