@@ -106,7 +106,8 @@ class BatchQueue:
 
     def is_pressed(self, table: LatencyTable, now: float) -> bool:
         """Whether anybody's deadline comes before the largest batch could be done."""
-        return self.next_expiry() < now + table.mean(self.limit)
+        expiry = self.next_expiry()
+        return expiry != NEVER and expiry < now + table.mean(self.limit)
 
     def drop_late(self, table: LatencyTable, now: float, sustaining: int = 1) -> list[Ticket]:
         """Take out the heads that cannot be answered in time, as long as others wait behind them.

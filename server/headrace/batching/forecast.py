@@ -79,6 +79,7 @@ class Forecast:
 
     def _look(self, instances: int, now: float) -> None:
         if now >= self._target_until:
+            self.table.relax(now)
             self._target = self._find_target(instances)
             self._sustaining = self._find_sustaining(instances)
             self.batch_seconds = self.table.upper(self.table.worthwhile) + MARGIN

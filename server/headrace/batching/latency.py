@@ -107,6 +107,13 @@ class Interference:
             back = min(elapsed / PASSING, 1.0) * (1.0 - self.factor)
             self.factor = min(max(self.factor + step + back, 0.25), 16.0)
 
+    def relax(self, now: float) -> None:
+        """Forget what was a while ago; nothing runs that would tell."""
+        elapsed = now - self._at
+        if elapsed > 2.0 * SHARED_TAU:
+            self._at = now
+            self.factor += min(elapsed / PASSING, 1.0) * (1.0 - self.factor)
+
 
 @dataclass(frozen=True, slots=True)
 class LatencyStats:
@@ -234,6 +241,10 @@ class LatencyTable:
     def _slope(self) -> float:
         return (self._values[-1] - self._values[-2]) / (self._knots[-1] - self._knots[-2])
 
+    def relax(self, now: float) -> None:
+        """Before estimates are asked for after a rest."""
+        self._device.relax(now)
+
     # -- learning ------------------------------------------------------------------------------------------------------
 
     def observe(self, rows: int, took: float, now: float) -> None:
@@ -310,7 +321,9 @@ class LatencyTable:
 
     def _rebuild(self, now: float) -> None:
         self._rebuild_at = now + 1.0
-        live = [index for index, count in enumerate(self._counts) if count and now - self._seen[index] <= FRESH]
+        seen = [index for index, count in enumerate(self._counts) if count]
+        # After a rest nothing is fresh, and what was known before it is the best there is.
+        live = [index for index in seen if now - self._seen[index] <= FRESH] or seen
         places = [float(index) for index in live]
         corrections = [self._corrections[index] for index in live]
         self._values = levelled([took * (_between(places, corrections, index) if live else 1.0) for index, took in enumerate(self._prior)])

@@ -105,6 +105,22 @@ def test_what_all_models_of_a_device_suffer_reaches_one_that_has_not_run_since()
     assert other.mean(8) == pytest.approx(before, rel=0.1)
 
 
+def test_after_a_rest_the_device_is_taken_for_free_and_the_model_for_what_it_was() -> None:
+    device = Interference()
+    model = Model(LatencyTable(LINEAR, 64, device), linear)
+    model.run(16, times=100)
+    usual = model.table.mean(16)
+    model.latency = lambda rows: 3 * linear(rows)
+    model.run(16, times=50)
+    assert model.table.mean(16) > 1.8 * usual
+    model.table.relax(model.now + 100.0)
+    assert device.factor == 1.0
+    model.latency = linear
+    model.now += 100.0
+    model.run(16)
+    assert usual <= model.table.mean(16) < 1.8 * usual
+
+
 def test_a_stray_batch_is_counted_and_changes_next_to_nothing() -> None:
     model = Model(LatencyTable(LINEAR, 64), linear)
     model.run(16, times=50)
