@@ -46,14 +46,13 @@ format: $(STAMP) ## format and fix what can be fixed
 proto: $(STAMP) ## regenerate the descriptor set from protos/
 	$(BIN)/python scripts/proto.py
 
-# What `loadtests.scenarios` adds is shown where there is one.
 bench: $(STAMP) ## measure a tiny model and write docs/benchmarks (needs h2load; HEADRACE_TRITON_PEER=loadtests/peers/triton.sh adds Triton)
 	mkdir -p $(BENCHMARKS)
 	$(BIN)/python -m loadtests.compare --model mlp --transport native --transport grpcio --echo native --echo grpcio \
 	  --rounds $(ROUNDS) --budget 3600 --start-timeout 300 --json $(BENCHMARKS)/results.json
-	@if [ -e loadtests/scenarios.py ]; then set -x; $(BIN)/python -m loadtests.scenarios rates --model mlp \
-	  --transport native --transport grpcio --rounds $(ROUNDS) --json $(BENCHMARKS)/scenarios.json; fi
-	$(BIN)/python -m loadtests.report $(BENCHMARKS)/results.json $$(ls $(BENCHMARKS)/scenarios.json 2>/dev/null) \
+	$(BIN)/python -m loadtests.scenarios rates --model mlp \
+	  --transport native --transport grpcio --rounds $(ROUNDS) --json $(BENCHMARKS)/scenarios.json
+	$(BIN)/python -m loadtests.report $(BENCHMARKS)/results.json $(BENCHMARKS)/scenarios.json \
 	  --out $(BENCHMARKS)/report.html --pictures $(BENCHMARKS) --table $(BENCHMARKS)/table.md
 
 locust: $(STAMP) ## users against the server that runs; LOCUST_ARGS for more, UI=1 for the web page on loopback, HEADRACE_SHAPE=ramp|spike

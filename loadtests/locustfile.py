@@ -20,6 +20,7 @@ from typing import Any
 import grpc.experimental.gevent as grpc_gevent
 import numpy as np
 import tritonclient.grpc as triton
+from gevent import GreenletExit
 from locust import LoadTestShape, User, constant, constant_pacing, events, task
 from locust.argument_parser import LocustArgumentParser
 from locust.env import Environment
@@ -94,6 +95,10 @@ class InferenceUser(User):
             self.on_stop()
             environment.process_exit_code = 2
             raise StopTest(f"nothing to call at {self.host}: {error}") from None
+        except GreenletExit:
+            # The time was over before this user had begun.
+            self.on_stop()
+            raise
 
     def on_stop(self) -> None:
         # Gone now and not when the interpreter ends: its __del__ closes it again, and grpc then waits for ever for a lock that one of

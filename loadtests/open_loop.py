@@ -1,6 +1,6 @@
 """Load whose requests are sent when they are due, whatever became of those before: what users see at a rate, and beyond it.
 
-    python -m loadtests.open_loop HOST:PORT --model mlp --rate 5000 --seconds 5 [--arrivals poisson|constant|bursts|FILE] [--core 1]
+    python -m loadtests.open_loop HOST:PORT --model mlp --rate 5000 --seconds 5 [--arrivals NAME] [--core 1]
     python -m loadtests.open_loop HOST:PORT --model mlp --concurrency 64       (as many calls as that, always: what the client can do)
 
 Latency counts from the time at which a request was intended to be sent: a client that is held up adds to the latency, and cannot
@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loadtests.arrivals import Times, bursts, constant, poisson, read_trace
+from loadtests.arrivals import Times, bursts, constant, poisson, ramp, read_trace
 from loadtests.encoded_calls import EncodedCall, encode_calls
 from loadtests.models import add_models_argument, selected_models, write_repository
 from loadtests.service_level import Results, Status, count, goodput, is_valid, percentiles, statement, status_name
@@ -201,8 +201,10 @@ def arrivals(name: str, rate: float, seconds: float, seed: int) -> Times:
             return poisson(rate, seconds, seed)
         case "bursts":
             return bursts(rate, seconds, seed)
+        case "ramp":
+            return ramp(0.0, 2 * rate, seconds, seed)
     if not Path(name).is_file():
-        raise ValueError(f"arrivals {name!r}: expected poisson, constant, bursts, or a file with a time in seconds a line")
+        raise ValueError(f"arrivals {name!r}: expected poisson, constant, bursts, ramp, or a file with a time in seconds a line")
     return read_trace(Path(name))
 
 
@@ -232,7 +234,12 @@ def main() -> int:
     add_models_argument(parser)
     parser.add_argument("--rate", type=float, default=1000.0, help="requests a second (default: 1000)")
     parser.add_argument("--seconds", type=float, default=5.0)
-    parser.add_argument("--arrivals", default="poisson", metavar="NAME|FILE", help="poisson, constant, bursts, or a recorded trace")
+    parser.add_argument(
+        "--arrivals",
+        default="poisson",
+        metavar="NAME|FILE",
+        help="poisson, constant, bursts, ramp (from 0 to twice the rate), or a recorded trace",
+    )
     parser.add_argument("--concurrency", type=int, help="a closed loop with so many calls instead")
     parser.add_argument("--slo-ms", type=float, help="what counts as in time")
     parser.add_argument("--deadline-ms", type=float, help="given to the server with each request")

@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -120,7 +120,7 @@ class Bench:
     server: ServerProcess
     client: Client
     calls: dict[str, list[EncodedCall]]
-    seeds: int = field(default=0)
+    seeds: int = 0
 
     @property
     def model(self) -> str:
@@ -158,7 +158,7 @@ class Bench:
             raise OutOfTime(f"round {self.number + 1} of {self.plan.rounds} was not finished in the time given")
         calls, used = with_timeout(self.calls[model], timeout), self.server.cpu_seconds()
         kinds = alternate(len(times), len(calls))
-        bound = (self.slo(model), most_misses(len(times))) if is_probe else None
+        bound = (self.slo(model), max(0, most_misses(len(times)))) if is_probe else None
         results = run_open_loop(self.client, calls, times, kinds, seconds, grace=self.plan.grace, bound=bound)
         used = self.server.cpu_seconds() - used
         self.check(results, f"{model} at {rate:.0f}/s")
@@ -388,6 +388,8 @@ def _run_swap(plan: Plan, report: Report, number: int, entrant: Entrant, models:
             swaps = max(1, int(plan.seconds / plan.every))
             with load.publishing(swaps, plan.every, plan.spare_cores):
                 bench.enter(bench.poisson(model, rate, plan.seconds))
+            if (last := load.ask_newest(client)) is not None:
+                bench.check(last, f"{model}, after the last version")
             text = f"round {number + 1}, swap, {entrant.name}, {model}"
             report.failures += [f"{text}: {failure}" for failure in load.judge()]
             report.notes.append(f"{text}: {load.summary()}")

@@ -28,7 +28,7 @@ async def run_locust(*arguments: str, shape: str = "") -> tuple[int | None, str,
 async def test_users_call_every_model_that_is_ready_without_a_failure() -> None:
     async with serve_in_process(ROOT / "examples" / "models") as server:
         code, out, said = await run_locust(
-            "--host", server.grpc_addresses[0], "--users", "4", "--run-time", "3s", "--pace", "0.05", "PacedUser"
+            "--host", server.grpc_addresses[0], "--users", "4", "--run-time", "8s", "--pace", "0.05", "PacedUser"
         )
     assert code == 0, said
     counts = {row["name"]: (row["num_requests"], row["num_failures"]) for row in json.loads(out)}

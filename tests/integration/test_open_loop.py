@@ -59,6 +59,12 @@ async def test_each_way_to_end_is_counted_as_what_it_is(serve: Serve) -> None:
     assert set(results.statuses[results.statuses < 100].tolist()) <= {0, 4, 8, 13, 14}
 
 
+async def test_a_unix_socket_is_served_as_well(serve: Serve, tmp_path: Path) -> None:
+    async with serve(ScriptedVersion(script=by_value), grpc=(f"unix:{tmp_path}/s",)) as served:
+        results = await offer(served.address, [call(RIGHT)], 50)
+    assert count(results, None).ok == 50
+
+
 async def test_an_answer_after_the_slo_is_late(serve: Serve) -> None:
     async with serve(ScriptedVersion(script=by_value)) as served:
         results = await offer(served.address, [call(RIGHT)], 50)

@@ -12,7 +12,7 @@ import pytest
 import tritonclient.grpc.aio as triton
 from headrace.errors import BackendError, QueueFull
 from headrace.requests import Answer, InferRequest
-from headrace.wire.messages import ModelStreamInferResponse
+from headrace.wire.messages import ModelInferRequest, ModelStreamInferResponse
 from scripted_models import ScriptedVersion, echo, hold, infer_message
 from served_models import Serve
 
@@ -102,6 +102,17 @@ async def test_an_error_is_a_message_of_the_stream_which_goes_on(serve: Serve) -
     assert lost.error_message == "Request for unknown model: 'nobody' is not found"
     assert lost.infer_response.id == "lost"
     assert "could not decode" in garbage.error_message
+
+
+async def test_a_region_that_is_not_there_is_an_error_of_its_request(serve: Serve) -> None:
+    message = ModelInferRequest.FromString(infer_message(id="7"))
+    message.inputs[0].parameters["shared_memory_region"].string_param = "r"
+    message.inputs[0].parameters["shared_memory_byte_size"].int64_param = 16
+    async with serve(ScriptedVersion(), client_shared_memory=True) as served, open_channel(served.address) as channel:
+        stream = Stream(channel)
+        await stream.send(message.SerializeToString())
+        (refused,) = await stream.end()
+    assert (refused.error_message, refused.infer_response.id) == ("Unable to find shared memory region: 'r'", "7")
 
 
 async def test_the_first_error_ends_the_stream_for_clients_that_ask_for_a_status(serve: Serve) -> None:

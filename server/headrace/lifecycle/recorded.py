@@ -10,7 +10,7 @@ from pathlib import Path
 
 from headrace.backends.base import Array
 from headrace.batching.assemble import as_array
-from headrace.errors import HeadraceError, LoadError
+from headrace.errors import HeadraceError, InvalidRequest, LoadError
 from headrace.signature import Signature
 from headrace.wire.codec import decode_request
 
@@ -38,6 +38,8 @@ def read_recorded(signature: Signature, model_directory: Path, version_directory
 def _decode(signature: Signature, path: Path) -> dict[str, Array]:
     try:
         request = decode_request(path.read_bytes())
+        if request.uses_regions:
+            raise InvalidRequest("expected all tensors in the message, got some in shared memory")
         admission = signature.validate(request)
     except HeadraceError as error:
         raise LoadError(f"{DIRECTORY}/{path.name}: expected a ModelInferRequest for this model: {error}") from None

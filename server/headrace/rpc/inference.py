@@ -11,7 +11,7 @@ from headrace.requests import InferRequest, Reply
 from headrace.rpc.guard import as_known
 from headrace.telemetry.access_log import AccessLog
 from headrace.wire.request_layouts import RequestDecoder
-from headrace.wire.shared_memory import Regions
+from headrace.wire.shared_memory import Regions, place
 
 MAX_RESOLVES = 4
 """A version can begin to drain between being found and being asked; the next look finds its successor. More than a few rounds
@@ -24,7 +24,8 @@ class InferenceService:
     def __init__(self, models: ModelsView, access_log: AccessLog | None = None, regions: Regions | None = None) -> None:
         self._models = models
         self._access_log = access_log
-        self._decode = RequestDecoder(regions).decode
+        self._regions = regions
+        self._decode = RequestDecoder().decode
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
         """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later.
@@ -35,6 +36,8 @@ class InferenceService:
         request = None
         try:
             request = self._decode(message)
+            if request.uses_regions:
+                place(request, self._regions)
             self._submit(request, reply, arrived)
         except Exception as error:
             self._refuse(request, reply, error, arrived)
@@ -49,6 +52,8 @@ class InferenceService:
             request = None
             try:
                 request = decode(message)
+                if request.uses_regions:
+                    place(request, self._regions)
                 submits = choose(request)
             except Exception as error:
                 self._refuse(request, reply, error, arrived)

@@ -37,7 +37,7 @@ from headrace.requests import (
 )
 from headrace.signature import Shape, TensorSpec, format_shape
 from headrace.wire.messages import InferParameter, ModelInferRequest, ModelInferResponse
-from headrace.wire.shared_memory import BYTE_SIZE, OFFSET, REGION, Regions, place
+from headrace.wire.shared_memory import BYTE_SIZE, OFFSET, REGION
 from headrace.wire.tensors import decode_bytes_tensor, decode_typed, encode_bytes_tensor
 
 Array = NDArray[Any]
@@ -53,25 +53,25 @@ MAX_RESPONSE_BYTES = 2**31 - 1
 # -- requests ------------------------------------------------------------------------------------------------------------
 
 
-def decode_request(message: bytes, regions: Regions | None = None) -> InferRequest:
-    """Raises InvalidRequest for bytes that are no ModelInferRequest or break the protocol's rules on input contents, what `place`
-    does for tensors in shared memory. Whether the tensors fit a model is for its Signature."""
-    return decode_request_protobuf(message, regions) if len(message) < SCAN_THRESHOLD else scan_request(message, regions)
+def decode_request(message: bytes) -> InferRequest:
+    """Raises InvalidRequest for bytes that are no ModelInferRequest or break the protocol's rules on input contents. Tensors in shared
+    memory are empty until `place` has found them. Whether tensors fit a model is for its Signature."""
+    return decode_request_protobuf(message) if len(message) < SCAN_THRESHOLD else scan_request(message)
 
 
-def decode_request_protobuf(message: bytes, regions: Regions | None = None) -> InferRequest:
+def decode_request_protobuf(message: bytes) -> InferRequest:
     """The path of small messages, and of any that the scan does not read."""
     parsed = _parse(message)
-    return _build(parsed, parsed.raw_input_contents[:], regions)
+    return _build(parsed, parsed.raw_input_contents[:])
 
 
-def scan_request(message: bytes, regions: Regions | None = None) -> InferRequest:
+def scan_request(message: bytes) -> InferRequest:
     """The path of large messages: raw tensors are views of `message`."""
     split = split_raw_contents(message)
     if split is None:
-        return decode_request_protobuf(message, regions)
+        return decode_request_protobuf(message)
     rest, raw = split
-    return _build(_parse(rest), raw, regions)
+    return _build(_parse(rest), raw)
 
 
 _from_string = ModelInferRequest.FromString
@@ -140,7 +140,7 @@ def read_field(message: bytes, position: int) -> tuple[int, int, int]:
     return tag >> 3, start, stop
 
 
-def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview], regions: Regions | None) -> InferRequest:
+def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview]) -> InferRequest:
     """Every field is read once, and repeated fields are copied to lists before they are walked: an access to a protobuf field is
     40 to 100 ns, an iteration over one 500."""
     model = parsed.model_name
@@ -176,7 +176,7 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview], regions
     outputs = [_requested_output(output) for output in parsed.outputs[:]]
     uses_regions = uses_regions or any(REGION in output.parameters for output in outputs)
     given = parsed.parameters
-    request = InferRequest(
+    return InferRequest(
         model,
         parsed.model_version,
         parsed.id,
@@ -185,9 +185,6 @@ def _build(parsed: ModelInferRequest, raw: Sequence[bytes | memoryview], regions
         _parameters(given) if given else NO_PARAMETERS,
         uses_regions=uses_regions,
     )
-    if uses_regions:
-        place(request, regions)
-    return request
 
 
 def _requested_output(output: ModelInferRequest.InferRequestedOutputTensor) -> RequestedOutput:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from headrace.requests import InferRequest, InputTensor, Likeness, Parameters, RequestedOutput
 from headrace.signature import Shape
 from headrace.wire.codec import RAW_INPUT_CONTENTS, SCAN_THRESHOLD, decode_request, read_field
-from headrace.wire.shared_memory import REGION, Regions, place
+from headrace.wire.shared_memory import REGION
 from headrace.wire.tensors import decode_bytes_tensor
 
 _ID = 3
@@ -63,9 +63,9 @@ class Layout:
         # The content of BYTES has a length of its own and its elements can be anything, but none of that is checked against a model.
         self.likeness = Likeness()
 
-    def read(self, message: bytes, regions: Regions | None = None) -> InferRequest | None:
+    def read(self, message: bytes) -> InferRequest | None:
         """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
-        are malformed, and what `place` does: which memory a region's name stands for is looked up each time."""
+        are malformed."""
         for expected, start in self.fixed:
             if not message.startswith(expected, start):
                 return None
@@ -85,10 +85,7 @@ class Layout:
             else:
                 strings = decode_bytes_tensor(data, elements, name, self.model)
                 inputs.append(InputTensor(name, datatype, shape, strings, parameters))
-        request = InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.likeness, self.uses_regions)
-        if self.uses_regions:
-            place(request, regions)
-        return request
+        return InferRequest(self.model, self.version, id, inputs, self.outputs, self.parameters, self.likeness, self.uses_regions)
 
 
 MAX_FIXED_BYTES = 4096
@@ -151,8 +148,7 @@ class RequestDecoder:
     must not pay each time, and this way the shapes in use push out the others."""
     MAX_LAYOUTS = 256
 
-    def __init__(self, regions: Regions | None = None) -> None:
-        self._regions = regions
+    def __init__(self) -> None:
         self._layouts: dict[int, Layout] = {}
         self._misses = 0
 
@@ -163,10 +159,10 @@ class RequestDecoder:
         """As `decode_request`."""
         layout = self._layouts.get(len(message))
         if layout is not None:
-            request = layout.read(message, self._regions)
+            request = layout.read(message)
             if request is not None:
                 return request
-        request = decode_request(message, self._regions)
+        request = decode_request(message)
         # Threads may lose a count to each other; what is learnt when is of no consequence.
         self._misses += 1
         if self._misses % self.LEARN_EVERY == 0:

@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 from headrace.wire.codec import decode_request
+from headrace.wire.shared_memory import place
 
 from loadtests.calls import WrongAnswer
 from loadtests.large_tensors import (
@@ -35,7 +36,8 @@ def test_the_placed_message_is_a_request_with_both_tensors_in_the_region():
             assert name == REGION
             return memoryview(bytearray(2 * BYTES))[offset : offset + byte_size]
 
-    request = decode_request(placed_message(), Regions())
+    request = decode_request(placed_message())
+    place(request, Regions())
     assert (request.model, request.inputs[0].shape, len(request.inputs[0].data)) == (MODEL, SHAPE, BYTES)
     assert (request.destinations[0].offset, request.destinations[0].view.nbytes) == (BYTES, BYTES)
 

@@ -71,7 +71,7 @@ def test_arrivals_have_names_or_are_a_file(tmp_path: Path) -> None:
     (tmp_path / "trace").write_text("0\n0.5\n")
     assert arrivals(str(tmp_path / "trace"), 1.0, 1.0, 1).tolist() == [0.0, 0.5]
     assert np.allclose(arrivals("constant", 2.0, 1.0, 1), [0.0, 0.5])
-    with pytest.raises(ValueError, match="expected poisson, constant, bursts, or a file"):
+    with pytest.raises(ValueError, match="expected poisson, constant, bursts, ramp, or a file"):
         arrivals("sometimes", 1.0, 1.0, 1)
 
 

@@ -50,7 +50,7 @@ def test_versions_are_published_while_the_block_runs(load: SwapLoad) -> None:
 def test_versions_that_were_not_published_or_never_answered_are_told(load: SwapLoad) -> None:
     load.published = {1, 2}
     load.calls[0].is_right(answer(load.answers.variants[0][0], "1"))
-    assert load.judge() == ["none of the versions 2 to 2 ever answered"]
+    assert load.judge() == ["version 2, the last published, did not answer within 30 s"]
     load.calls[0].is_right(answer(load.answers.variants[1][0], "2"))
     assert load.judge() == []
     load.calls[0].is_right(answer(load.answers.variants[0][0], "5"))

@@ -3,12 +3,15 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from pathlib import Path
 
 import pytest
 from headrace.errors import Cancelled, Code, HeadraceError, InvalidRequest, NotFound, NotReady, QueueFull
 from headrace.requests import Answer, InferRequest, Reply
 from headrace.rpc.inference import MAX_RESOLVES, InferenceService
+from headrace.shared_memory import SharedMemoryRegions
 from headrace.testing import CollectingOutlet
+from headrace.wire.messages import ModelInferRequest
 from scripted_models import ScriptedModels, ScriptedVersion, hold, infer_message
 
 
@@ -21,6 +24,14 @@ def submit(service: InferenceService, message: bytes) -> Answer | None:
     reply = Reply(outlet)
     service.submit(message, reply)
     return outlet.answers.get(reply)
+
+
+def placed_message() -> bytes:
+    message = ModelInferRequest(model_name="echo", id="7")
+    tensor = message.inputs.add(name="x", datatype="FP32", shape=(1, 4))
+    tensor.parameters["shared_memory_region"].string_param = "r"
+    tensor.parameters["shared_memory_byte_size"].int64_param = 16
+    return message.SerializeToString()
 
 
 def failing(error: Exception) -> ScriptedVersion:
@@ -127,3 +138,25 @@ def test_a_refused_request_leaves_memory_without_the_garbage_collector(error: Ex
         assert alive() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_what_memory_a_region_stands_for_is_looked_up_for_each_request(tmp_path: Path, together: bool) -> None:
+    (tmp_path / "a").write_bytes(bytes(range(32)))
+    regions, outlet, version = SharedMemoryRegions(tmp_path), CollectingOutlet(), ScriptedVersion(script=hold)
+    service = InferenceService(ScriptedModels(version), regions=regions)
+
+    def ask() -> Reply:
+        reply = Reply(outlet)
+        service.submit_all([(placed_message(), reply)]) if together else service.submit(placed_message(), reply)
+        return reply
+
+    for offset in (0, 16):
+        regions.register("r", "a", offset, 16)
+        for _ in range(20):  # soon by the layout
+            ask()
+        assert bytes(version.requests[-1].inputs[0].data) == bytes(range(offset, offset + 16))
+        regions.unregister("r")
+    answer = outlet.answers[ask()]
+    assert isinstance(answer, NotFound)
+    assert str(answer) == "Unable to find shared memory region: 'r'"

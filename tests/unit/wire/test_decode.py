@@ -2,7 +2,7 @@ import struct
 
 import numpy as np
 import pytest
-from headrace.errors import InvalidRequest, Unsupported
+from headrace.errors import InvalidRequest
 from headrace.requests import NO_PARAMETERS
 from headrace.wire.codec import SCAN_THRESHOLD, decode_request, decode_request_protobuf, scan_request, split_raw_contents
 from headrace.wire.messages import InferParameter, ModelInferRequest
@@ -153,16 +153,6 @@ def test_an_input_without_data_is_refused(decode):
 def test_raw_entries_beyond_the_inputs_are_ignored(decode):
     request = decode(request_with(("x", "FP32", [1]), raw=[b"1234", b"5678"]).SerializeToString())
     assert [bytes(tensor.data) for tensor in request.inputs] == [b"1234"]
-
-
-@every_path
-@pytest.mark.parametrize("where", ["inputs", "outputs"])
-def test_shared_memory_is_refused_where_it_is_off_naming_the_flag(decode, where):
-    message = request_with(("x", "FP32", [1]), raw=[] if where == "inputs" else [b"1234"])
-    message.outputs.add(name="y")
-    getattr(message, where)[0].parameters["shared_memory_region"].string_param = "r"
-    with pytest.raises(Unsupported, match="Client shared memory is disabled on this server; --client-shared-memory turns it on"):
-        decode(message.SerializeToString())
 
 
 @every_path

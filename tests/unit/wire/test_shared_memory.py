@@ -4,13 +4,14 @@ import struct
 
 import numpy as np
 import pytest
-from headrace.errors import InvalidRequest, NotFound
+from headrace.errors import InvalidRequest, NotFound, Unsupported
 from headrace.requests import Destination, Reply, Ticket
 from headrace.signature import DataType, TensorSpec
 from headrace.testing import CollectingOutlet
 from headrace.wire.codec import ResponseEncoder, decode_request, decode_request_protobuf, scan_request
 from headrace.wire.messages import ModelInferRequest, ModelInferResponse
 from headrace.wire.request_layouts import RequestDecoder
+from headrace.wire.shared_memory import place
 from tritonclient.grpc import InferResult, service_pb2
 
 
@@ -23,15 +24,29 @@ class Memory(dict):
         return memoryview(self[name])[offset : offset + byte_size]
 
 
-def decode_by_layout(message, regions):
-    decoder = RequestDecoder(regions)
+def decode_by_layout(message):
+    decoder = RequestDecoder()
     for _ in range(RequestDecoder.LEARN_EVERY):
         decoder.decode(message)
     assert "1 layouts" in repr(decoder)
     return decoder.decode(message)
 
 
-every_path = pytest.mark.parametrize("decode", [decode_request, decode_request_protobuf, scan_request, decode_by_layout])
+def placing(decode):
+    """Bytes and regions to a request whose tensors are all there."""
+
+    def decode_and_place(message, regions):
+        request = decode(message)
+        assert request.uses_regions
+        place(request, regions)
+        return request
+
+    return decode_and_place
+
+
+every_path = pytest.mark.parametrize(
+    "decode", [placing(path) for path in (decode_request, decode_request_protobuf, scan_request, decode_by_layout)]
+)
 
 
 def put(tensor, region, size=None, offset=None):
@@ -91,24 +106,22 @@ def test_outputs_know_where_they_go(decode):
     assert request.uses_regions
 
 
-def test_a_layout_looks_regions_up_each_time():
-    memory = Memory(r=bytearray(b"01234567"))
-    decoder = RequestDecoder(memory)
-    message = in_memory().SerializeToString()
-    for _ in range(RequestDecoder.LEARN_EVERY):
-        decoder.decode(message)
-    memory["r"] = bytearray(b"another!")
-    assert bytes(decoder.decode(message).inputs[0].data) == b"another!"
-    del memory["r"]
-    with pytest.raises(NotFound):
-        decoder.decode(message)
+@every_path
+@pytest.mark.parametrize("where", ["inputs", "outputs"])
+def test_shared_memory_is_refused_where_it_is_off_naming_the_flag(decode, where):
+    message = ModelInferRequest(model_name="m", raw_input_contents=[] if where == "inputs" else [b"1"])
+    message.inputs.add(name="x", datatype="INT8", shape=[1])
+    message.outputs.add(name="y")
+    put(getattr(message, where)[0], "r", 1)
+    with pytest.raises(Unsupported, match="Client shared memory is disabled on this server; --client-shared-memory turns it on"):
+        decode(message.SerializeToString(), None)
 
 
 def test_requests_without_regions_go_nowhere_but_into_the_answer():
     message = ModelInferRequest(model_name="m", raw_input_contents=[b"1"])
     message.inputs.add(name="x", datatype="INT8", shape=[1])
     message.outputs.add(name="y")
-    request = decode_request(message.SerializeToString(), Memory())
+    request = decode_request(message.SerializeToString())
     assert (request.uses_regions, request.destinations) == (False, None)
 
 
@@ -127,14 +140,14 @@ def test_parameters_that_name_no_part_of_a_region_are_refused(change, text):
     message = in_memory()
     change(message.inputs[0].parameters)
     with pytest.raises(InvalidRequest, match=text):
-        decode_request(message.SerializeToString(), Memory(r=bytearray(8)))
+        place(decode_request(message.SerializeToString()), Memory(r=bytearray(8)))
 
 
 def test_contents_beside_a_region_are_refused():
     message = in_memory()
     message.inputs[0].contents.fp32_contents.extend([1, 2])
     with pytest.raises(InvalidRequest, match="unexpected 'content' provided when using shared memory for input 'x'"):
-        decode_request(message.SerializeToString(), Memory(r=bytearray(8)))
+        decode_request(message.SerializeToString())
 
 
 # -- answers -------------------------------------------------------------------------------------------------------------
