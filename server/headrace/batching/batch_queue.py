@@ -62,6 +62,11 @@ class BatchQueue:
     def stats(self) -> QueueStats:
         return QueueStats(self.rows, self.requests, len(self._lanes))
 
+    @property
+    def has_deadlines(self) -> bool:
+        """Whether anybody may have one: False is certain."""
+        return bool(self._expiries)
+
     def is_full_for(self, rows: int) -> bool:
         """An empty queue takes anything, or a request larger than the bound could never run."""
         return bool(self._max_queue_rows) and self.rows > 0 and self.rows + rows > self._max_queue_rows

@@ -202,40 +202,52 @@ class Batcher:
     def take(self, instance: Instance) -> tuple[list[Ticket], float]:
         """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
         now = self._clock()
+        expired: list[Ticket] = []
+        hopeless: list[Ticket] = []
         with self._lock:
-            helper: Instance | None = None
-            hopeless: list[Ticket] = []
-            expired = self._queue.expire(now)
+            if self._queue.has_deadlines:
+                expired = self._queue.expire(now)
             ready_at = self._ready_at()
-            due = self._queue.next_expiry()
-            if due != NEVER and ready_at <= now and self._queue.is_pressed(self.latencies, now):
-                hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
-            rows = self._queue.rows
-            if rows and now >= self.latencies.next_trial and ready_at <= now:
-                self._queue.limit = self.latencies.trial(now, rows)
-            is_full = ready_at <= now and self._queue.is_batch_full()
-            tickets = self._queue.take(self.latencies, now) if ready_at <= now else []
-            self._queue.limit = self.latencies.worthwhile
-            if not tickets:
-                # It stays on the list even when it will look again by itself, so that a filled batch need not wait for that.
-                if instance not in self._idle:
-                    self._idle.append(instance)
-                    self._instances = max(self._instances, len(self._running) + len(self._idle))
+            if ready_at > now:
+                tickets, helper = self._rest(instance), None
             else:
-                self._shard.record_dispatch(self._dispatch_reason(is_full))
-                self._running[tickets[0]] = _Running(now, rows - self._queue.rows, due)
-                self._instances = max(self._instances, len(self._running))
-                if now >= self._forecast.next_look:
-                    self._look(now)
-                if instance in self._idle:
-                    self._idle.remove(instance)
-                if self._idle and self._queue.requests:
-                    helper = self._idle.pop()
-        self._fail_late(expired, DropCause.EXPIRED)
-        self._fail_late(hopeless, DropCause.HOPELESS)
+                if self._queue.has_deadlines and self._queue.is_pressed(self.latencies, now):
+                    hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
+                tickets, helper = self._start(instance, now)
+        if expired:
+            self._fail_late(expired, DropCause.EXPIRED)
+        if hopeless:
+            self._fail_late(hopeless, DropCause.HOPELESS)
         if helper is not None:
             helper.wake()
         return tickets, ready_at
+
+    def _rest(self, instance: Instance) -> list[Ticket]:
+        """Nothing to run now. On the list also when it will look again by itself, so that a filled batch need not wait for that."""
+        if instance not in self._idle:
+            self._idle.append(instance)
+            self._instances = max(self._instances, len(self._running) + len(self._idle))
+        return []
+
+    def _start(self, instance: Instance, now: float) -> tuple[list[Ticket], Instance | None]:
+        """The batch that runs now, and another idle instance if there is more."""
+        queue, latencies = self._queue, self.latencies
+        rows, due = queue.rows, queue.next_expiry()
+        if now >= latencies.next_trial:
+            queue.limit = latencies.trial(now, rows)
+        is_full = queue.is_batch_full()
+        tickets = queue.take(latencies, now)
+        queue.limit = latencies.worthwhile
+        self._shard.record_dispatch(self._dispatch_reason(is_full))
+        self._running[tickets[0]] = _Running(now, rows - queue.rows, due)
+        self._instances = max(self._instances, len(self._running))
+        if now >= self._forecast.next_look:
+            self._look(now)
+        if not self._idle:
+            return tickets, None
+        if instance in self._idle:
+            self._idle.remove(instance)
+        return tickets, self._idle.pop() if self._idle and queue.requests else None
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:
