@@ -309,8 +309,9 @@ class Batcher:
         deliver(tickets, [error] * len(tickets))
 
     def cancel_reply(self, reply: Reply) -> None:
-        if reply.ticket is not None:
-            self.cancel(reply.ticket)
+        ticket = reply.ticket  # once: whoever delivers the answer takes it away, perhaps right now
+        if ticket is not None:
+            self.cancel(ticket)
 
     def expire(self) -> None:
         """Answer whoever has waited past its time, also while every instance is busy. The timer's callback."""

@@ -17,7 +17,7 @@ _KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "tri
 
 
 def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRequest, reply: Reply, arrived: float) -> Ticket:
-    """Raises InvalidRequest. `arrived` and the reply's deadline are on one monotonic clock."""
+    """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock."""
     admission = signature.validate(request)
     for output in request.outputs:
         _check_output_parameters(output)

@@ -16,7 +16,7 @@ from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
-from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady
+from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
@@ -154,7 +154,7 @@ class ModelVersion:
         for request, reply in calls:
             try:
                 ticket = make_ticket(signature, batching, request, reply, arrived)
-            except InvalidRequest as error:
+            except HeadraceError as error:
                 batcher.count_failure(FailureReason.OTHER)
                 refused.append((request, reply, error.with_traceback(None)))
                 continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 
 from headrace.config import ServerConfig
 from headrace.errors import ConfigError
@@ -22,11 +22,19 @@ def open_transport(services: Services, config: ServerConfig) -> Transport:
 
 
 def choose(config: ServerConfig) -> str:
-    """native or grpcio. Raises ConfigError where native is asked for and not installed."""
-    is_installed = importlib.util.find_spec("pygrpc_native") is not None
-    if config.transport == "native" and not is_installed:
-        raise ConfigError("transport native: expected the package pygrpc-native, pip install 'headrace[native]'")
-    if config.transport != "auto":
-        return config.transport
+    """native or grpcio. Raises ConfigError where native is asked for and cannot be had."""
+    if config.transport == "grpcio":
+        return "grpcio"
     is_of_use = any(not config.tls_certificate or listener.startswith(UNIX) for listener in config.grpc)
-    return "native" if is_installed and is_of_use else "grpcio"
+    if config.transport == "auto" and not is_of_use:
+        return "grpcio"
+    try:
+        # Not only found: there are machines for which no wheel of it works.
+        importlib.import_module("pygrpc_native")
+    except ImportError as error:
+        reason = str(error)
+    else:
+        return "native"
+    if config.transport == "native":
+        raise ConfigError(f"transport native: expected the package pygrpc-native, pip install 'headrace[native]', got: {reason}")
+    return "grpcio"

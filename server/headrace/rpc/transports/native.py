@@ -47,6 +47,10 @@ MAX_EVENTS = 64
 
 QUIET_WITHIN = 0.5
 """Seconds that a stopping server waits for a moment without calls before it refuses new ones."""
+STALLED = 2.0
+"""Seconds after which those are given up that neither send nor read, once nobody else waits."""
+CLOSE_WITHIN = 5.0
+"""Seconds that a closed listener's thread may take to end; it may be inside a model."""
 SENT_POLL = 0.002
 """Seconds between its looks at what has been sent."""
 
@@ -73,8 +77,8 @@ class NativeTransport:
 
     def __init__(self, services: Services, config: ServerConfig) -> None:
         self._config = config
-        self._directory = tempfile.TemporaryDirectory(prefix="headrace-")
-        behind = f"{UNIX}{self._directory.name}/streams.sock"
+        self._directory = _private_directory()
+        behind = f"{UNIX}{self._directory.name}/{_STREAMS}"
         secured = [address for address in config.grpc if not can_serve(address, config)]
         self._behind = GrpcioTransport(services, dataclasses.replace(config, grpc=(behind, *secured)))
         self._methods = _unary_methods(services)
@@ -98,12 +102,53 @@ class NativeTransport:
         return listener.start()
 
     async def stop(self, grace: float) -> None:
-        await asyncio.gather(self._behind.stop(grace), *(listener.drain(grace) for listener in self._listeners))
-        # Last, because what the server behind them still sends goes through them; and a moment later, because that and what the
-        # fronts count as sent are in their connections' buffers.
+        until = time.monotonic() + grace
+        # First, because what the server behind them still sends goes through them.
+        await self._behind.stop(grace)
+        await self._drain(until)
+        # What the fronts count as sent is in their connections' buffers.
         await asyncio.sleep(SENT_POLL)
         await asyncio.gather(*(listener.close() for listener in self._listeners))
         self._directory.cleanup()
+
+    async def _drain(self, until: float) -> None:
+        """Wait for a moment at which every call is answered and the answer sent.
+
+        The fronts cannot close their sockets alone, and calls keep coming on connections that are open. A call that is refused is one
+        that failed, a closed connection on the other hand tells callers to go elsewhere. So calls are served on, in the hope of a
+        moment without any; under a load that leaves none they are refused from QUIET_WITHIN on. Callers that do not send the
+        rest of their request, or do not read their answer, are waited for STALLED longer.
+        """
+        refuse_at = time.monotonic() + QUIET_WITHIN
+        stalled_at = refuse_at + STALLED
+        while (now := time.monotonic()) < until and not all(listener.has_sent_all() for listener in self._listeners):
+            if now >= refuse_at:
+                for listener in self._listeners:
+                    listener.refuse()
+                if any(listener.is_busy for listener in self._listeners):
+                    stalled_at = now + STALLED
+                elif now >= stalled_at:
+                    return
+            await asyncio.sleep(SENT_POLL)
+
+
+_STREAMS = "streams.sock"
+_LONGEST_SOCKET = 107
+"""Bytes of a Unix socket's path."""
+
+
+def _private_directory() -> tempfile.TemporaryDirectory[str]:
+    """For the socket between the fronts and the server behind them. Raises ConfigError."""
+    try:
+        directory = tempfile.TemporaryDirectory(prefix="headrace-")
+    except OSError as error:
+        reason = f"{error}"
+    else:
+        if len(os.fsencode(directory.name)) + 1 + len(_STREAMS) <= _LONGEST_SOCKET:
+            return directory
+        reason = f"{directory.name} is too long for the path of a socket"
+        directory.cleanup()
+    raise ConfigError(f"transport native: expected TMPDIR to name a directory for a socket, got: {reason}; or use transport grpcio")
 
 
 def can_serve(address: str, config: ServerConfig) -> bool:
@@ -143,12 +188,25 @@ class _Listener:
     # -- receiving: the listener's thread ------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        receive = self._front.recv_batch_details
-        while (events := receive(MAX_EVENTS)) is not None:
+        while True:
+            try:
+                events = self._front.recv_batch_details(MAX_EVENTS)
+            except Exception:
+                log.exception("calls could not be received", address=self._address)  # want of memory; others may need less
+                continue
+            if events is None:
+                return
             try:
                 self._take(events)
-            except Exception:
-                log.exception("calls lost", address=self._address)  # a bug here; those of the next batch must not pay for it
+            except Exception as error:
+                self._give_up(events, as_known(error, "receive"))
+
+    def _give_up(self, events: Sequence[Any], error: HeadraceError) -> None:
+        """A bug in `_take`: nobody shall wait for ever, and the next batch must not pay for it."""
+        for event in events:
+            reply = self._calls.get(event[1])
+            if reply is not None and reply.ticket is None and reply.task is None:
+                reply.fail(error)
 
     def _take(self, events: Sequence[Any]) -> None:
         now = time.monotonic()
@@ -191,7 +249,7 @@ class _Listener:
     def _sort_out(
         self, inferences: list[tuple[bytes, Reply]], others: list[tuple[NativeReply, Serve, bytes, str]]
     ) -> tuple[list[tuple[bytes, Reply]], list[tuple[NativeReply, Serve, bytes, str]]]:
-        """Answer those that cannot be admitted; the others."""
+        """Answer those that cannot be admitted; the others. Only inferences wait for room: what asks how the server is must get through."""
         room = self._max_bytes - self._bytes + sum([len(message) for message, _ in inferences])
         admitted = []
         for message, reply in inferences:
@@ -201,11 +259,14 @@ class _Listener:
                 room -= len(message)
             else:
                 reply.fail(error)
-        if not self._is_refusing:
-            return admitted, others
-        for waiting, *_ in others:
-            waiting.fail(ShuttingDown("the server is shutting down"))
-        return admitted, []
+        served = []
+        for call in others:
+            error = self._refusal(len(call[2]), self._max_message)
+            if error is None:
+                served.append(call)
+            else:
+                call[0].fail(error)
+        return admitted, served
 
     def _refusal(self, size: int, room: int) -> HeadraceError | None:
         if self._is_refusing:
@@ -226,7 +287,8 @@ class _Listener:
             # Ticket and reply refer to each other; left alone, each request's message would wait for the garbage collector.
             reply.ticket = reply.cancel = None
             call_id = reply.call_id
-            del calls[call_id]
+            if calls.pop(call_id, None) is None:
+                continue  # given up
             size += reply.size
             # Both return False when the caller has gone.
             if isinstance(answer, HeadraceError):
@@ -276,43 +338,39 @@ class _Listener:
             if reply.task is not None:
                 reply.task.cancel()
 
-        self._on_loop(cancel)
+        # A turn later: a task that is cancelled before it has begun never comes to deliver its answer.
+        self._on_loop(self._loop.call_soon, cancel)
 
     # -- stopping: the event loop --------------------------------------------------------------------------------------
 
-    async def drain(self, grace: float) -> None:
-        """Wait until every call is answered and the answer sent, for `grace` seconds at most.
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call waits for its answer."""
+        return bool(self._calls)
 
-        The front cannot close its sockets alone, and calls keep coming on connections that are open. A call that is refused is one
-        that failed, `close` on the other hand tells callers to go elsewhere. So calls are served on, in the hope of a moment
-        without any; under a load that leaves none they are refused from QUIET_WITHIN on.
-        """
-        refuse_at = time.monotonic() + QUIET_WITHIN
-        try:
-            async with asyncio.timeout(grace):
-                # Asked and not told: that an answer was given to the front does not mean that HTTP/2's windows have let it through.
-                while not _is_all_sent(self._front.metrics()):
-                    self._is_refusing = time.monotonic() > refuse_at
-                    await asyncio.sleep(SENT_POLL)
-        except TimeoutError:
-            pass
+    def refuse(self) -> None:
+        """New calls from now on."""
+        self._is_refusing = True
+
+    def has_sent_all(self) -> bool:
+        """Every answer to every call. Asked and not told: that it was given to the front does not mean that HTTP/2's windows have let it
+        through."""
+        counted = self._front.metrics()
+        assert counted is not None, "the front was made to count"
+        methods = counted["methods"].values()
+        return all(method["started"] == sum(status["count"] for status in method["status"].values()) for method in methods)
 
     async def close(self) -> None:
         """Callers that still wait are told UNAVAILABLE, and nothing runs for them any more."""
         await asyncio.to_thread(self._front.close)
         if self._thread.ident is not None:
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, CLOSE_WITHIN)
         await self._tasks.close()
         for reply in [*self._calls.values()]:
             self._inference.cancel(reply)
 
 
 _INFER = f"/{SERVICE}/ModelInfer"
-
-
-def _is_all_sent(counted: Any) -> bool:
-    methods = counted["methods"].values()
-    return all(method["started"] == sum(status["count"] for status in method["status"].values()) for method in methods)
 
 
 def _unary_methods(services: Services) -> dict[str, Serve]:
