@@ -107,7 +107,9 @@ class ServerProcess:
         self.address = address
         self.command = pinned(command, cores)
         self.log = log
-        self._environment = {**os.environ, **(environment or {})}
+        # Nothing of ours: what a server reads there, its measurement would not say.
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("HEADRACE_")}
+        self._environment = {**inherited, **(environment or {})}
         self._process: subprocess.Popen[bytes] | None = None
 
     def __repr__(self) -> str:

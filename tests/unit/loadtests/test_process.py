@@ -94,3 +94,15 @@ def test_headrace_is_started_on_a_transport(tmp_path: Path) -> None:
 def test_triton_gets_one_model(tmp_path: Path) -> None:
     command = triton_peer("peer.sh").server(tmp_path, "mlp", cores=[0], log=tmp_path / "log", max_batch=8).command
     assert command[3:8] == ["bash", "peer.sh", "mlp", str(tmp_path / "mlp" / "1" / "model.onnx"), "8"]
+
+
+def test_a_server_reads_nothing_of_the_measurements_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEADRACE_TRITON_PEER", "peer.sh")
+    monkeypatch.setenv("KEPT", "1")
+    show = ["bash", "-c", "env | grep -c '^HEADRACE_'; echo kept=$KEPT $HEADRACE_LOG_LEVEL; exec sleep 300"]
+    log = tmp_path / "log"
+    with ServerProcess(show, address="127.0.0.1:1", cores=[0], log=log, environment={"HEADRACE_LOG_LEVEL": "debug"}):
+        until = time.monotonic() + 10
+        while not log.read_text().endswith("debug\n") and time.monotonic() < until:
+            pass
+    assert log.read_text().split("\n")[:2] == ["1", "kept=1 debug"]
