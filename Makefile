@@ -52,7 +52,7 @@ bench: $(STAMP) ## measure a tiny model and write docs/benchmarks (needs h2load;
 	  --rounds $(ROUNDS) --budget 3600 --start-timeout 300 --json $(BENCHMARKS)/results.json
 	$(BIN)/python -m loadtests.scenarios rates --model mlp \
 	  --transport native --transport grpcio --rounds $(ROUNDS) --json $(BENCHMARKS)/scenarios.json
-	$(BIN)/python -m loadtests.report $(BENCHMARKS)/results.json $(BENCHMARKS)/scenarios.json \
+	$(BIN)/python -m loadtests.report $(BENCHMARKS)/results.json $(BENCHMARKS)/scenarios*.json \
 	  --out $(BENCHMARKS)/report.html --pictures $(BENCHMARKS) --table $(BENCHMARKS)/table.md
 
 locust: $(STAMP) ## users against the server that runs; LOCUST_ARGS for more, UI=1 for the web page on loopback, HEADRACE_SHAPE=ramp|spike
