@@ -121,14 +121,16 @@ class Batcher:
         refused: list[tuple[Ticket, HeadraceError]] = []
         now = self._clock()
         with self._lock:
-            push = self._queue.push
+            push, is_full_for, is_open = self._queue.push, self._queue.is_full_for, self._is_open
             for ticket in tickets:
                 ticket.enqueued = now
-                try:
-                    self._check(ticket, now)
-                except HeadraceError as error:
-                    refused.append((ticket, error.with_traceback(None)))
-                    continue
+                # Most have no deadline and find room.
+                if ticket.expires != NEVER or not is_open or is_full_for(ticket.rows):
+                    try:
+                        self._check(ticket, now)
+                    except HeadraceError as error:
+                        refused.append((ticket, error.with_traceback(None)))
+                        continue
                 push(ticket)
                 self._unsettled += 1
                 if ticket.expires < self._armed:

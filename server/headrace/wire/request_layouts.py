@@ -40,7 +40,8 @@ class Layout:
     """One message with its raw contents and id cut out. Immutable."""
 
     __slots__ = (
-        "fixed", "id_start", "id_stop", "inputs", "is_large", "likeness", "model", "outputs", "parameters", "uses_regions", "version",
+        "fixed", "id_start", "id_stop", "inputs", "is_large", "is_simple", "likeness", "model", "outputs", "parameters", "uses_regions",
+        "version",
     )  # fmt: skip
 
     def __init__(
@@ -60,12 +61,22 @@ class Layout:
         self.fixed = fixed
         self.id_start, self.id_stop = id_span
         self.is_large = is_large
+        # One small tensor at the end, as every client writes it, without an id: read without a loop, 0.3 µs less.
+        self.is_simple = len(inputs) == 1 == len(fixed) and inputs[0].elements < 0 and not (id_span[1] or is_large or fixed[0][1])
         # The content of BYTES has a length of its own and its elements can be anything, but none of that is checked against a model.
         self.likeness = Likeness()
 
     def read(self, message: bytes) -> InferRequest | None:
         """The request when `message`, which has the layout's length, fits it; else None. Raises InvalidRequest for BYTES that
         are malformed."""
+        if self.is_simple:
+            if not message.startswith(self.fixed[0][0]):
+                return None
+            name, datatype, shape, parameters, start, stop, _ = self.inputs[0]
+            tensor = InputTensor(name, datatype, shape, message[start:stop], parameters)
+            return InferRequest(
+                self.model, self.version, "", [tensor], self.outputs, self.parameters, self.likeness, self.uses_regions
+            )  # fmt: skip
         for expected, start in self.fixed:
             if not message.startswith(expected, start):
                 return None
