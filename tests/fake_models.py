@@ -42,7 +42,6 @@ class FakeVersion:
             rows=rows,
             padded_rows=padded_rows,
             arrived=[-part] * requests,
-            enqueued=[-part] * requests,
             taken=0.0,
             input_done=part,
             output_start=seconds - 2 * part,

@@ -90,13 +90,10 @@ class BatchRunner:
         output_start = time.monotonic()
         self._check_rows(arrays, wanted, padded)
         answers = self._encoder.encode_batch(tickets, wanted, arrays, self._signature.max_batch_size > 0)
-        arrived = [ticket.arrived for ticket in tickets]
         times = BatchTimes(
             rows=rows,
             padded_rows=padded,
-            arrived=arrived,
-            # Of those that came together the first waits for the last to be decoded: to its caller that is waiting as well.
-            enqueued=arrived,
+            arrived=[ticket.arrived for ticket in tickets],
             taken=taken,
             input_done=input_done,
             output_start=output_start,

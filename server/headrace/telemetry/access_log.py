@@ -120,13 +120,13 @@ class VersionAccessLog:
         now = time.monotonic()
         batch_rows = sum(ticket.rows for ticket in tickets)
         for ticket, answer in zip(tickets, answers, strict=True):
-            self._record(ticket, answer, batch_rows, taken - ticket.enqueued, now - taken, now)
+            self._record(ticket, answer, batch_rows, taken - ticket.arrived, now - taken, now)
 
     def dropped(self, tickets: Sequence[Ticket], error: HeadraceError) -> None:
         """These left the queue unrun: cancelled, expired, or cut off by a shutdown."""
         now = time.monotonic()
         for ticket in tickets:
-            self._record(ticket, error, 0, now - ticket.enqueued, 0.0, now)
+            self._record(ticket, error, 0, now - ticket.arrived, 0.0, now)
 
     def _record(self, ticket: Ticket, answer: Answer, batch_rows: int, queue: float, compute: float, now: float) -> None:
         self._access_log.record(

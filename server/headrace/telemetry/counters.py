@@ -82,12 +82,13 @@ class Stage(enum.IntEnum):
 
 
 class BatchTimes:
-    """One executed batch; times are time.monotonic(), one `arrived` and one `enqueued` a request.
+    """One executed batch; times are time.monotonic(), one `arrived` a request, which waits from then until it is
+    `taken`: while those it came with are decoded too.
 
     `padded_rows` is what ran: `rows` and the padding. `cost`: seconds by which versions are compared; left out: those of computing.
     """
 
-    __slots__ = ("arrived", "cost", "done", "enqueued", "input_done", "output_start", "padded_rows", "rows", "taken")
+    __slots__ = ("arrived", "cost", "done", "input_done", "output_start", "padded_rows", "rows", "taken")
 
     def __init__(
         self,
@@ -95,7 +96,6 @@ class BatchTimes:
         rows: int,
         padded_rows: int,
         arrived: Sequence[float],
-        enqueued: Sequence[float],
         taken: float,
         input_done: float,
         output_start: float,
@@ -106,7 +106,6 @@ class BatchTimes:
         self.rows = rows
         self.padded_rows = padded_rows
         self.arrived = arrived
-        self.enqueued = enqueued
         self.taken = taken
         self.input_done = input_done
         self.output_start = output_start
@@ -164,7 +163,7 @@ class CounterShard:
         compute_output = done - output_start
         buckets, seconds = self.buckets, self.seconds
         seconds[0] += _count_durations(buckets[0], done, times.arrived)
-        seconds[1] += _count_durations(buckets[1], taken, times.enqueued)
+        seconds[1] += _count_durations(buckets[1], taken, times.arrived)
         buckets[2][bisect_left(DURATION_EDGES, compute_input)] += requests
         buckets[3][bisect_left(DURATION_EDGES, compute)] += requests
         buckets[4][bisect_left(DURATION_EDGES, compute_output)] += requests

@@ -114,9 +114,7 @@ def test_metadata_and_config_of_an_unknown_model_are_not_found() -> None:
 def test_statistics_sum_over_requests_and_over_executions() -> None:
     version = ScriptedVersion(version=7)
     shard = version.counters.shard()
-    times = BatchTimes(
-        rows=3, padded_rows=4, arrived=[1.0, 2.0], enqueued=[1.0, 2.0], taken=3.0, input_done=3.25, output_start=4.25, done=4.5
-    )
+    times = BatchTimes(rows=3, padded_rows=4, arrived=[1.0, 2.0], taken=3.0, input_done=3.25, output_start=4.25, done=4.5)
     shard.record_batch(times)
     shard.record_failure(FailureReason.REJECTED, 2, 0.5)
     (found,) = control(version)[0].model_statistics(messages.ModelStatisticsRequest(name="echo")).model_stats

@@ -29,13 +29,12 @@ def batch(
     padded_rows: int | None = None,
     taken: float = 1000.0,
 ) -> BatchTimes:
-    """Each request waited that long in the queue, after 1 ms of decoding; then 2 ms input, 10 ms compute, 4 ms output."""
+    """Each request waited that long; then 2 ms input, 10 ms compute, 4 ms output."""
     rows = len(waits) if rows is None else rows
     return BatchTimes(
         rows=rows,
         padded_rows=rows if padded_rows is None else padded_rows,
-        arrived=[taken - wait - 0.001 for wait in waits],
-        enqueued=[taken - wait for wait in waits],
+        arrived=[taken - wait for wait in waits],
         taken=taken,
         input_done=taken + 0.002,
         output_start=taken + 0.012,
@@ -66,7 +65,7 @@ def test_nothing_counted_is_all_zero_and_of_full_length() -> None:
 
 def test_every_request_is_charged_the_whole_batch_but_its_own_wait() -> None:
     counts = counted(batch([0.0001, 0.0009]))
-    assert counts.seconds == pytest.approx((0.001 + 0.002 + 2 * 0.016, 0.001, 2 * 0.002, 2 * 0.010, 2 * 0.004))
+    assert counts.seconds == pytest.approx((0.001 + 2 * 0.016, 0.001, 2 * 0.002, 2 * 0.010, 2 * 0.004))
     assert counts.success == 2
 
 
@@ -92,18 +91,18 @@ def test_buckets_of_any_batch_size_equal_a_bisect_for_each_request(requests: int
     waits = [10 ** chance.uniform(-6, 2) for _ in range(requests)]
     times = batch(waits, taken=taken)
     expected = [0] * (len(DURATION_EDGES) + 1)
-    for start in times.enqueued:
+    for start in times.arrived:
         expected[bucket_of(taken - start)] += 1
     counts = counted(times)
     assert counts.buckets[Stage.QUEUE] == tuple(expected)
-    assert counts.seconds[Stage.QUEUE] == pytest.approx(sum(taken - start for start in times.enqueued), rel=1e-12)
+    assert counts.seconds[Stage.QUEUE] == pytest.approx(sum(taken - start for start in times.arrived), rel=1e-12)
 
 
 @pytest.mark.parametrize("requests", [1, 20])
 def test_a_duration_on_an_edge_belongs_to_the_bucket_below(requests: int) -> None:
     times = batch([0.0] * requests, taken=0.0)
-    times.input_done, times.output_start, times.done = 0.001, 0.002, 0.005
-    times.arrived, times.enqueued = [0.0] * requests, [-0.0025] * requests
+    times.input_done, times.output_start, times.done = 0.001, 0.002, 0.0025
+    times.arrived = [-0.0025] * requests
     counts = counted(times)
     assert counts.buckets[Stage.REQUEST][bucket_of(0.005)] == requests
     assert counts.buckets[Stage.QUEUE][bucket_of(0.0025)] == requests
