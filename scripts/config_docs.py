@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
+from headrace.config import BatchingConfig, DriftConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
 from headrace.config_loading import option_keys
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -41,7 +41,7 @@ Version by label, such as `stable = 3`. Requests may name a label as their versi
 def render() -> str:
     parts = [HEAD, table(ServerConfig), MODEL, table(ModelConfig), table(BatchingConfig)]
     parts += ["\n### [instances]\n", table(InstanceConfig), "\n### [[input]] and [[output]]\n", table(TensorConfig)]
-    parts += ["\n### [rollout]\n", table(RolloutConfig), LABELS]
+    parts += ["\n### [rollout]\n", table(RolloutConfig), LABELS, "\n### [drift]\n", table(DriftConfig)]
     return "\n".join(parts)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from headrace.batching.latency import LatencyStats
+from headrace.drift.verdict import DriftReport
 from headrace.errors import NotFound
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import INDEX_STATES, VersionState
@@ -28,6 +29,7 @@ class FakeVersion:
     pending_requests: int = 0
     load_seconds: float = 0.0
     latency_stats: LatencyStats | None = None
+    drift: DriftReport | None = None
 
     def submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         raise AssertionError(f"nothing should be submitted to {self.model}:{self.version}")

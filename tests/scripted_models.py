@@ -10,6 +10,7 @@ import numpy as np
 from headrace.backends.base import ArtifactSignature
 from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
+from headrace.drift.verdict import DriftReport
 from headrace.errors import Cancelled, InvalidRequest, NotFound, NotReady
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.state import INDEX_STATES, VersionState
@@ -63,6 +64,7 @@ class ScriptedVersion:
         self.pending_requests = 0
         self.load_seconds = 0.0
         self.latency_stats: LatencyStats | None = None
+        self.drift: DriftReport | None = None
         self.requests: list[InferRequest] = []
         self.replies: list[Reply] = []
         self.held: dict[Reply, InferRequest] = {}

@@ -194,6 +194,58 @@ class TensorConfig:
     )
     optional: bool | None = _option(None, "Whether requests may leave the input out.")
     labels: str | None = _option(None, "File of class names beside model.toml, one a line (outputs only).")
+    monitor: str = _option(
+        "auto",
+        "What of it is watched for drift. auto: chosen by datatype and shape. columns: each element of a row. categories: as columns, "
+        "counted by value. image, audio: mean, deviation, extremes and sharpness, of each channel. embedding: norm and random "
+        "projections. classes: scores of classes (outputs). off: nothing.",
+        choices=("auto", "columns", "categories", "image", "audio", "embedding", "classes", "off"),
+    )
+    columns: tuple[str, ...] = _option((), "Names of a row's elements, in their order, for drift and data validation.")
+    activation: str = _option(
+        "auto",
+        "What class scores are; auto: probabilities where the first rows add up to 1.",
+        choices=("auto", "probabilities", "logits"),
+    )
+    minimum: float | None = _option(None, "Values below it are invalid (inputs only).")
+    maximum: float | None = _option(None, "Values above it are invalid (inputs only).")
+    categories: tuple[str, ...] = _option((), "The only values that are valid, numbers as their decimal text (inputs only).")
+    finite: bool = _option(False, "NaN and infinity are invalid (inputs only).")
+    on_invalid: str = _option(
+        "count",
+        "What is done about invalid values: count them, or refuse the request with INVALID_ARGUMENT.",
+        choices=("count", "refuse"),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class DriftConfig:
+    """How live data is compared with a version's reference. What of it is watched is said at each tensor (`monitor`)."""
+
+    reference: str = _option(
+        "auto",
+        "What is compared with. file: drift.msgpack in the version's directory. learn: the first learn_rows. auto: the file where there is "
+        "one, else the live data of the version before it if that takes the same, else the first learn_rows. off: nothing is watched.",
+        choices=("auto", "file", "learn", "off"),
+    )
+    learn_rows: int = _option(2000, "Rows that a reference is learnt from where there is none.", minimum=100)
+    max_features: int = _option(32, "Watched of one tensor; what is left out is said at load.", minimum=1)
+    bins: int = _option(10, "Ranges into which values of a feature are counted, with about as many rows each in the reference.", minimum=2)
+    window_rows: int = _option(1000, "Rows after which a window ends and is compared.", minimum=10)
+    window: float = _option(300.0, "After so long a window ends with fewer, if there are min_rows of them.", key="window_s", minimum=0.1)
+    min_rows: int = _option(100, "Fewer than that are not compared.", minimum=10)
+    sliding_windows: int = _option(12, "The last so many windows are compared together as well.", minimum=2)
+    alpha: float = _option(
+        0.001, "Chance that a window raises an alert although nothing has drifted, over all features together.", minimum=0
+    )
+    min_psi: float = _option(0.05, "Smaller shifts are no drift, however sure they are (PSI).", minimum=0)
+    budget: float = _option(
+        0.01, "CPU time of counting, as a part of what inference takes; beyond it batches are left out. 0: every row is counted.", minimum=0
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.alpha < 1:
+            raise ConfigError(f"alpha: expected more than 0 and less than 1, got {self.alpha:g}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +305,7 @@ class ModelConfig:
         choices=("auto", "availability", "resource"),
     )
     rollout: RolloutConfig = RolloutConfig()
+    drift: DriftConfig = DriftConfig()
     warmup_runs: int = _option(3, "Rounds of runs before a version goes live, at every batch size that pays. 0: none.", minimum=0)
     signature_policy: str = _option(
         "off",

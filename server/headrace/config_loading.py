@@ -14,9 +14,9 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
+from headrace.config import BatchingConfig, DriftConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
 from headrace.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
@@ -68,16 +68,18 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
     outputs = tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where))
     labels = read_labels(_pop_table(table, "labels", where), f"{where} [labels]")
     rollout = _read_section(RolloutConfig, _pop_table(table, "rollout", where), f"{where} [rollout]")
+    drift = _read_section(DriftConfig, _pop_table(table, "drift", where), f"{where} [drift]")
     flat = {**option_keys(ModelConfig), **option_keys(BatchingConfig)}
-    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout"], where)
+    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout", "drift"], where)
     batching = {key: table[key] for key in table if key in option_keys(BatchingConfig)}
     model = {key: table[key] for key in table if key not in batching}
     return ModelConfig(
         name,
-        batching=_build_batching(_read_section(BatchingConfig, batching, where), where),
+        batching=_build(BatchingConfig, _read_section(BatchingConfig, batching, where), where),
         instances=InstanceConfig(**instances),
         labels=labels,
-        rollout=_build_rollout(rollout, where),
+        rollout=_build(RolloutConfig, rollout, where),
+        drift=_build(DriftConfig, drift, f"{where} [drift]"),
         inputs=inputs,
         outputs=outputs,
         provenance=origins,
@@ -90,16 +92,12 @@ def option_keys(section: type[Any]) -> dict[str, dataclasses.Field[Any]]:
     return {field.metadata.get("key") or field.name: field for field in dataclasses.fields(section) if field.metadata}
 
 
-def _build_batching(values: Mapping[str, Any], where: str) -> BatchingConfig:
-    try:
-        return BatchingConfig(**values)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None
+Section = TypeVar("Section")
 
 
-def _build_rollout(values: Mapping[str, Any], where: str) -> RolloutConfig:
+def _build(section: type[Section], values: Mapping[str, Any], where: str) -> Section:
     try:
-        return RolloutConfig(**values)
+        return section(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
 
@@ -185,7 +183,7 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 
 def _owner(field: dataclasses.Field[Any]) -> type[Any]:
-    sections = (ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, RolloutConfig, ModelConfig)
+    sections = (ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, DriftConfig, RolloutConfig, ModelConfig)
     return next(section for section in sections if field in dataclasses.fields(section))
 
 

@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
         "headrace.lifecycle.rollout",
+        "headrace.drift",
     ),
     (
         "headrace.lifecycle.events",
@@ -61,6 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
+        "headrace.drift.monitor",
         "headrace.sources.publish",
     ),
     (
@@ -90,6 +92,7 @@ PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
     "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
+    "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

@@ -16,6 +16,7 @@ from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
+from headrace.drift.verdict import DriftReport
 from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.effective import EffectiveModel, without_batching
@@ -124,6 +125,10 @@ class ModelVersion:
     @property
     def latency_stats(self) -> LatencyStats | None:
         return self._batcher.latency_stats() if self._batcher else None
+
+    @property
+    def drift(self) -> DriftReport | None:
+        return None
 
     @property
     def pending_requests(self) -> int:

@@ -8,6 +8,7 @@ from typing import Protocol
 
 from headrace.batching.latency import LatencyStats
 from headrace.config import ModelConfig
+from headrace.drift.verdict import DriftReport
 from headrace.errors import HeadraceError
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.events import Actor, EventLog
@@ -67,6 +68,10 @@ class VersionView(Submits, Protocol):
     @property
     def latency_stats(self) -> LatencyStats | None:
         """None where it serves nothing."""
+
+    @property
+    def drift(self) -> DriftReport | None:
+        """None where nothing is watched, or not yet."""
 
 
 @dataclass(frozen=True, slots=True)
