@@ -16,6 +16,7 @@ import uvloop
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
 from headrace.config import ServerConfig
+from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
 from headrace.http.server import HttpServer
 from headrace.lifecycle.admin import Admin
@@ -59,12 +60,14 @@ class Server:
         if config.shared_threads:
             for backend in backends.values():
                 backend.share_threads(config.shared_threads)
+        self.drift = DriftMonitors(loop)
         self.models = ModelManager(
             backends,
             lambda: LoopTimer(loop),
             LoopSchedule(loop),
             load_concurrency=config.load_threads,
             access_log=self.access_log,
+            drift=self.drift,
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
@@ -161,6 +164,7 @@ class Server:
         # The transport waits for the calls it has taken, which the models still serve.
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
+        self.drift.close()
         if self.http is not None:
             await self.http.stop()
         for source in self.sources:

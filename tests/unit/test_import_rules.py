@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.latency",
         "headrace.batching.forecast",
         "headrace.batching.screening",
+        "headrace.batching.observer",
         "headrace.lifecycle.state",
         "headrace.lifecycle.policy",
         "headrace.lifecycle.rollout",
@@ -92,7 +93,10 @@ PURE = (
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
     "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
-    "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict",
+    "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
+    "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
+    "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
+    "headrace.drift.window", "headrace.drift.alarms",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

@@ -14,6 +14,7 @@ from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
+from headrace.batching.observer import Observer, RanBatch
 from headrace.batching.screening import count_nonfinite
 from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, Ticket
@@ -35,8 +36,9 @@ class Encoder(Protocol):
 class BatchRunner:
     """Runs one batch start to end on the calling thread.
 
-    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread; and `stretch`
-    of the last batch: how much longer the model took than it had a core for, 0 where the thread's CPU time does not tell.
+    Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread; `stretch`
+    of the last batch: how much longer the model took than it had a core for, 0 where the thread's CPU time does not tell; and that
+    batch itself until `show`, where there are `observers`.
     """
 
     def __init__(
@@ -47,7 +49,10 @@ class BatchRunner:
         allowed: Sequence[int],
         shard: CounterShard,
         access_log: VersionAccessLog | None = None,
+        observers: Sequence[Observer] = (),
     ) -> None:
+        self._observers = observers
+        self._ran: RanBatch | None = None
         self.screen_outputs = False
         self.stretch = 0.0
         self._access_log = access_log
@@ -85,7 +90,8 @@ class BatchRunner:
         wanted = union_outputs(tickets)
         input_done = time.monotonic()
         cpu = time.thread_time() if backend.works_on_the_caller else 0.0
-        arrays = backend.execute(inputs, [self._output_names[index] for index in wanted])
+        names = [self._output_names[index] for index in wanted]
+        arrays = backend.execute(inputs, names)
         cost = time.thread_time() - cpu if backend.works_on_the_caller else None
         output_start = time.monotonic()
         self._check_rows(arrays, wanted, padded)
@@ -105,7 +111,16 @@ class BatchRunner:
         if self.screen_outputs:
             self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))
         self._shard.record_batch(times)
+        if self._observers:
+            self._ran = RanBatch(tickets, rows, inputs, names, arrays, times.done)
         return answers
+
+    def show(self) -> None:
+        """Let the observers see the batch that has just run. To be called once its answers have left."""
+        ran, self._ran = self._ran, None
+        if ran is not None:
+            for observer in self._observers:
+                observer.look(ran)
 
     def _check_rows(self, arrays: Sequence[Array], wanted: Sequence[int], rows: int) -> None:
         if not self._signature.max_batch_size:
@@ -177,6 +192,7 @@ class Worker:
             left -= sum([ticket.rows for ticket in tickets])
             answers = runner.run(self._backend, tickets, time.monotonic())
             batcher.settle(tickets, answers, runner.stretch)
+            runner.show()
         # Too much to hold this thread up for. The instance is still off the idle list: it passes to its own thread, which puts
         # it back there once the queue is empty.
         self._doorbell.put(None)
@@ -239,6 +255,7 @@ class Worker:
             if tickets:
                 answers = runner.run(self._backend, tickets, time.monotonic())
                 batcher.settle(tickets, answers, runner.stretch)
+                runner.show()
                 del tickets, answers
             else:
                 self._wait(until)

@@ -36,7 +36,7 @@ class Extract(enum.StrEnum):
     LENGTH = "length"
     """Elements of the row, where that is free; of a string its bytes."""
     CLASS = "class"
-    """The index of the largest score, by its label where there are labels."""
+    """The index of the largest score."""
     CONFIDENCE = "confidence"
     ENTROPY = "entropy"
     MARGIN = "margin"

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer, at_once
 from headrace.batching.latency import Interference
+from headrace.drift.monitor import DriftMonitors
 from headrace.errors import NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
@@ -47,6 +48,7 @@ class ModelManager:
         *,
         load_concurrency: int = 2,
         access_log: AccessLog | None = None,
+        drift: DriftMonitors | None = None,
         drain_grace: float = 30.0,
         pause: float = PAUSE,
     ) -> None:
@@ -73,6 +75,7 @@ class ModelManager:
             tasks=self._tasks,
             events=self.event_log,
             access_log=access_log,
+            drift=drift,
             interference=self._interference.__getitem__,
             drain_grace=drain_grace,
             pause=pause,

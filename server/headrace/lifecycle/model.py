@@ -237,6 +237,7 @@ class Model:
             schedule=self._parts.schedule,
             access_log=self._parts.access_log,
             interference=self._parts.interference,
+            drift=self._parts.drift,
             on_change=self._version_changed,
             pause=self._parts.pause,
         )

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer
 from headrace.batching.latency import Interference
+from headrace.drift.monitor import DriftMonitors
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.version import ModelVersion
@@ -27,6 +28,7 @@ class Parts:
     tasks: Tasks
     events: EventLog
     access_log: AccessLog | None
+    drift: DriftMonitors | None
     interference: Callable[[str], Interference]
     drain_grace: float
     pause: float

@@ -16,6 +16,9 @@ from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
+from headrace.drift.monitor import DriftMonitors, DriftWatch
+from headrace.drift.plan import choose as choose_features
+from headrace.drift.reference_file import FILENAME as REFERENCE_FILE
 from headrace.drift.verdict import DriftReport
 from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
@@ -60,6 +63,7 @@ class ModelVersion:
         schedule: Schedule,
         access_log: AccessLog | None = None,
         interference: Callable[[str], Interference] | None = None,
+        drift: DriftMonitors | None = None,
         on_change: Callable[[ModelVersion], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
@@ -83,6 +87,8 @@ class ModelVersion:
         self._schedule = schedule
         self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
         self._interference = interference
+        self._drift = drift
+        self._watch: DriftWatch | None = None
         self._on_change = on_change
         self._pause = pause
         self._clock = clock
@@ -128,7 +134,8 @@ class ModelVersion:
 
     @property
     def drift(self) -> DriftReport | None:
-        return None
+        watch = self._watch
+        return watch.report() if watch is not None else None
 
     @property
     def pending_requests(self) -> int:
@@ -201,7 +208,7 @@ class ModelVersion:
             await asyncio.sleep(pause)
             async with slots:
                 self.move(VersionState.LOADING)
-                await self._load(effective, fetched.version_directory, backends[effective.backend], learnt_of(before, effective), pause)
+                await self._load(effective, fetched.version_directory, backends[effective.backend], before, pause)
         except asyncio.CancelledError:
             self.abandon()
             raise
@@ -258,8 +265,10 @@ class ModelVersion:
         self.move(VersionState.FAILED, reason)
         log.error("version failed", model=self.model, version=self.version, reason=reason)
 
-    async def _load(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float) -> None:
-        before = resident_bytes()
+    async def _load(
+        self, effective: EffectiveModel, directory: Path, backend: type[Backend], predecessor: ModelVersion | None, pause: float
+    ) -> None:
+        known, before = learnt_of(predecessor, effective), resident_bytes()
         try:
             warm = await self._start_workers(effective, directory, backend, known, pause)
         except BatchAxisError as error:
@@ -273,6 +282,7 @@ class ModelVersion:
             self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.latencies = dict(warm.seconds)
         self.effective = effective
+        self._watch = self._watch_drift(effective, predecessor)
         self._open(effective, known.table)
 
     async def _start_workers(
@@ -303,9 +313,39 @@ class ModelVersion:
             raise errors[0].with_traceback(None)
         return next(result for result in results if isinstance(result, WarmUp))
 
+    def _watch_drift(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> DriftWatch | None:
+        """Against what was published with the version, or else what its predecessor saw, or what it will see itself."""
+        config = effective.config.drift
+        if self._drift is None or config.reference == "off":
+            return None
+        plan = choose_features(effective.signature, effective.config, effective.labels)
+        reference = self.inspection.reference if self.inspection is not None and config.reference != "learn" else None
+        if reference is None and config.reference == "file":
+            raise LoadError(f"[drift] reference 'file': expected {REFERENCE_FILE} beside the model's file, found none")
+        if reference is None and config.reference == "auto" and predecessor is not None and predecessor._watch is not None:
+            reference = predecessor._watch.live_reference(plan)
+        if not plan.features and reference is None:
+            return None
+        log.info(
+            "drift watched",
+            model=self.model,
+            version=self.version,
+            reference=reference.source if reference is not None else f"the first {config.learn_rows} rows",
+            features=len(reference.features if reference is not None else plan.features),
+            left_out=list(reference.left_out if reference is not None else plan.left_out),
+        )
+        return self._drift.watch(
+            self.model,
+            self.version,
+            config,
+            plan,
+            self.counters,
+            reference=reference,
+            signature=effective.signature,
+        )
+
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
-        counters = VersionCounters()
-        self.counters = counters
+        counters = self.counters
         encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
         allowed = effective.batching.allowed_batch_sizes
         table = LatencyTable(
@@ -325,9 +365,10 @@ class ModelVersion:
             shard=counters.shard(),
             on_dropped=self._access_log.dropped if self._access_log else None,
         )
+        observers = [self._watch] if self._watch is not None else []
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log)
+            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log, observers)
             self._runners.append(runner)
             if inline:
                 worker.serve_inline(batcher, runner, inline)
@@ -386,6 +427,9 @@ class ModelVersion:
         self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
         self._batcher = None
         self._runners = []
+        if self._drift is not None and self._watch is not None:
+            self._drift.forget(self._watch)
+            self._watch = None
         self._release()
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)

@@ -294,6 +294,15 @@ class VersionCounters:
         self._shards.append(shard)
         return shard
 
+    def rows(self) -> int:
+        """Inferred so far."""
+        return sum([int(rows * sums[0]) for shard in self._shards.copy() for rows, sums in shard.batch_sizes.copy().items()])
+
+    def busy_seconds(self) -> tuple[float, float]:
+        """Seconds that batches took so far, from gathering to encoding, and how many there were."""
+        sizes = [sums for shard in self._shards.copy() for sums in shard.batch_sizes.copy().values()]
+        return sum([sums[1] + sums[2] + sums[3] for sums in sizes]), sum([sums[0] for sums in sizes])
+
     def snapshot(self) -> CounterSnapshot:
         shards = self._shards.copy()
         success = sum([shard.success for shard in shards])  # first: see the rules above

@@ -1,0 +1,212 @@
+"""A reference out of data: values are gathered, and ranges cut so that each has about as many of them. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from headrace.drift.calibration import fit
+from headrace.drift.counting import QUALITY, Counts, Layout
+from headrace.drift.extraction import as_text, categories, numbers
+from headrace.drift.features import Extract, Feature, Kind, Side
+from headrace.drift.plan import Plan, settle
+from headrace.drift.reference import FeatureReference, Reference
+
+Array = NDArray[Any]
+
+MOST_ROWS = 100_000
+"""Of more a uniform sample is kept: what is left of its noise, a thousandth or so of PSI, is below every threshold that is of use."""
+MOST_CATEGORIES = 50
+FEW_DIFFERENT = 32
+"""Integers of which there are no more different ones are categories, not numbers."""
+_SEED = 20220301
+
+
+class ReferenceBuilder:
+    """Owns what was gathered: at most MOST_ROWS rows of each feature. Not for several threads."""
+
+    def __init__(self, model: str, plan: Plan, bins: int) -> None:
+        self._model = model
+        self._plan = plan
+        self._bins = bins
+        self._columns: dict[Feature, _Column] = {}
+        self._random = np.random.default_rng(_SEED)
+        self._right: list[Array] = []
+        self.rows = 0
+
+    def __repr__(self) -> str:
+        return f"ReferenceBuilder({self._model}, {self.rows} rows, {len(self._columns)} features)"
+
+    def add(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, is_right: Array | None = None) -> None:
+        """Rows of a batch, as BatchCounter takes them. `is_right`: whether each row's class was the true one."""
+        if self._plan.undecided:
+            self._plan = settle(self._plan, outputs)
+        groups: dict[tuple[Side, str], list[Feature]] = {}
+        for feature in self._plan.features:
+            groups.setdefault((feature.side, feature.tensor), []).append(feature)
+        for (side, tensor), features in groups.items():
+            array = (inputs if side is Side.INPUT else outputs).get(tensor)
+            if array is None or not len(array):
+                continue
+            numeric = [feature for feature in features if feature.kind is Kind.NUMERIC]
+            if numeric:
+                values = numbers(array, numeric)
+                for position, feature in enumerate(numeric):
+                    self._column(feature, array).add(values[:, position])
+            for feature in features:
+                if feature.kind is Kind.CATEGORICAL:
+                    self._column(feature, array).add(categories(array, feature))
+        if is_right is not None:
+            self._right.append(is_right)
+        self.rows += rows
+
+    def _column(self, feature: Feature, array: Array) -> _Column:
+        column = self._columns.get(feature)
+        if column is None:
+            is_own = feature.extract is Extract.COLUMN
+            column = self._columns[feature] = _Column(array.dtype if is_own else np.dtype(np.float64), self._random.spawn(1)[0])
+        return column
+
+    def build(self, source: str, *, data_digest: str = "", created: float = 0.0) -> Reference:
+        """Raises ValueError when nothing was added."""
+        if not self.rows:
+            raise ValueError("a reference needs rows, got none")
+        features = [_describe(feature, self._columns[feature], self._bins) for feature in self._plan.features if feature in self._columns]
+        silent = [f"{each.side.value} '{each.tensor}': no data" for each in self._plan.features if each not in self._columns]
+        calibration, accuracy = None, -1.0
+        confident = next((each for each in self._columns if each.extract is Extract.CONFIDENCE), None)
+        if self._right and confident is not None:
+            right = np.concatenate(self._right)
+            accuracy = float(right.mean())
+            sample = self._columns[confident].values()
+            # Sampled rows have lost which of the labels are theirs.
+            if len(sample) == len(right):
+                calibration = fit(confident.tensor, sample, right)
+        return Reference(
+            self._model,
+            source,
+            min(self.rows, MOST_ROWS),
+            tuple(features),
+            (*self._plan.left_out, *dict.fromkeys(silent)),
+            data_digest,
+            created,
+            calibration,
+            accuracy,
+        )
+
+
+class _Column:
+    """The values of one feature: all of them, or a uniform sample (Vitter's algorithm R, a batch at a time)."""
+
+    def __init__(self, dtype: np.dtype[Any], random: np.random.Generator) -> None:
+        self.dtype = dtype
+        self._random = random
+        self._parts: list[Array] = []
+        self._kept = self._seen = 0
+
+    def add(self, values: Array) -> None:
+        room = MOST_ROWS - self._kept
+        first = values[:room]
+        if len(first):
+            self._parts.append(first.copy())
+            self._kept += len(first)
+        rest = values[len(first) :]
+        if len(rest):
+            self._parts = [self.values()]
+            places = self._random.integers(0, self._seen + len(first) + 1 + np.arange(len(rest)))
+            keep = places < MOST_ROWS
+            self._parts[0][places[keep]] = rest[keep]
+        self._seen += len(values)
+
+    def values(self) -> Array:
+        if len(self._parts) > 1:
+            self._parts = [np.concatenate(self._parts)]
+        return self._parts[0]
+
+
+def _describe(feature: Feature, column: _Column, bins: int) -> FeatureReference:
+    values = column.values()
+    if feature.kind is Kind.CATEGORICAL:
+        return _describe_categories(feature, [as_text(value) for value in values.tolist()])
+    is_integer = column.dtype.kind in "iu" and feature.extract is Extract.COLUMN
+    if is_integer and len(np.unique(values)) <= FEW_DIFFERENT:
+        return _describe_categories(replace(feature, kind=Kind.CATEGORICAL), [str(int(value)) for value in values])
+    finite = values[np.isfinite(values)]
+    missing = int(np.isnan(values).sum())
+    edges = cut(finite, bins, column.dtype)
+    place = np.searchsorted(edges, finite, side="left")
+    counts = np.bincount(place, minlength=len(edges) + 1)
+    some = finite if len(finite) else np.zeros(1)
+    return FeatureReference(
+        feature,
+        tuple(edges.tolist()),
+        (),
+        tuple(counts.tolist()),
+        missing,
+        len(values) - len(finite) - missing,
+        float(some.min()),
+        float(some.max()),
+        float(some.mean()),
+        float(some.std()),
+    )
+
+
+def cut(values: Array, bins: int, dtype: np.dtype[Any]) -> NDArray[np.float64]:
+    """Edges between `bins` ranges with about as many of the values each; fewer where values repeat. Each edge is one of the values.
+
+    Of a constant: what lies below it, itself, and what lies above, in the tensor's type.
+    """
+    if not len(values):
+        return np.zeros(0)
+    edges: NDArray[np.float64] = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="inverted_cdf"))
+    edges = edges[edges < values.max()]
+    if len(edges):
+        return edges
+    low, high = float(values.min()), float(values.max())
+    if low < high:
+        return np.array([low])
+    below = low - 1 if dtype.kind in "iu" else float(np.nextafter(dtype.type(low), dtype.type(-np.inf)))
+    return np.array([below, low])
+
+
+def _describe_categories(feature: Feature, texts: Sequence[str]) -> FeatureReference:
+    found = Counter(texts)
+    missing = found.pop("", 0) + found.pop("nan", 0)
+    common = sorted([text for text, _ in found.most_common(MOST_CATEGORIES)], key=_in_order)
+    counts = [found[text] for text in common]
+    return FeatureReference(feature, (), tuple(common), (*counts, found.total() - sum(counts)), missing)
+
+
+def _in_order(text: str) -> tuple[int, float, str]:
+    """Numbers by size, before words by letters."""
+    try:
+        return 0, float(text), text
+    except ValueError:
+        return 1, 0.0, text
+
+
+def from_counts(reference: Reference, counts: Counts, source: str) -> Reference:
+    """A reference of what was counted into another one's bins; its ranges and scale stay those. Features that were never counted go."""
+    layout, features = Layout(reference), []
+    for index, each in enumerate(reference.features):
+        bins, quality = layout.bins(counts, index), layout.quality(counts, index)
+        total = int(bins.sum())
+        if not total:
+            continue
+        mean, deviation = each.mean, each.deviation
+        if each.is_numeric:
+            mean = float(counts.sums[index] / total)
+            deviation = float(np.sqrt(max(counts.squares[index] / total - mean * mean, 0.0)))
+        missing, infinite = (int(quality[QUALITY.index(kind)]) for kind in ("missing", "infinite"))
+        numbered = tuple(bins.tolist())
+        features.append(
+            replace(each, counts=numbered, missing=missing, infinite=infinite, mean=mean, deviation=deviation)
+        )  # fmt: skip
+    return replace(
+        reference, source=source, rows=counts.rows, features=tuple(features), data_digest="", digest="", calibration=None, accuracy=-1.0
+    )
