@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from headrace.errors import ConfigError
 
@@ -108,6 +109,12 @@ class ServerConfig:
     webhook_secret: str = _option(
         "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
     )
+    drift_webhooks: tuple[str, ...] = _option(
+        (), "URLs that get each drift alert, promotion, rollback and failed load as a CloudEvent (docs/drift/act.md)."
+    )
+    drift_webhook_secret: str = _option(
+        "", "What those deliveries are signed with; empty: they are not. Only as HEADRACE_DRIFT_WEBHOOK_SECRET.", secret=True
+    )
 
     @property
     def sources(self) -> SourceConfig:
@@ -118,10 +125,22 @@ class ServerConfig:
             check_listener("grpc", listener)
         if self.http:
             check_listener("http", self.http)
+        for url in self.drift_webhooks:
+            _check_url("drift_webhooks", url)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or neither")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
+
+
+def _check_url(name: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ConfigError(f"{name}: expected http://HOST/PATH or https://HOST/PATH, got {url!r}")
 
 
 def check_listener(name: str, listener: str) -> None:
