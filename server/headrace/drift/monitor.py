@@ -206,15 +206,13 @@ class DriftWatch:
         return sum([batch.rows for batch in self._pending.copy()])
 
     def close(self) -> None:
-        """The version goes: nothing is kept any more, and what is raised is over."""
+        """The version goes: nothing is kept any more. What is raised ends with it, and nobody is told: that would read as a recovery."""
         self._is_closed = True
         self._stride = self._countdown = 1 << 60
         with self._lock:
             self._pending.clear()
             news = self._alarms.end(time.time(), self._seen, time.monotonic() - self._began)
             self._past.extend(news)
-        if news:
-            self._publish(news)
 
     def live_reference(self, plan: Plan) -> Reference | None:
         """What was seen of this version, as a reference for the next one; None where that watches something else, or too little was."""
