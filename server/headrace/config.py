@@ -220,20 +220,11 @@ class TensorConfig:
         "projections. classes: scores of classes (outputs). off: nothing.",
         choices=("auto", "columns", "categories", "image", "audio", "embedding", "classes", "off"),
     )
-    columns: tuple[str, ...] = _option((), "Names of a row's elements, in their order, for drift and data validation.")
+    columns: tuple[str, ...] = _option((), "Names of a row's elements, in their order, by which features are called.")
     activation: str = _option(
         "auto",
         "What class scores are; auto: probabilities where the first rows add up to 1.",
         choices=("auto", "probabilities", "logits"),
-    )
-    minimum: float | None = _option(None, "Values below it are invalid (inputs only).")
-    maximum: float | None = _option(None, "Values above it are invalid (inputs only).")
-    categories: tuple[str, ...] = _option((), "The only values that are valid, numbers as their decimal text (inputs only).")
-    finite: bool = _option(False, "NaN and infinity are invalid (inputs only).")
-    on_invalid: str = _option(
-        "count",
-        "What is done about invalid values: count them, or refuse the request with INVALID_ARGUMENT.",
-        choices=("count", "refuse"),
     )
 
 
