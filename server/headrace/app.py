@@ -69,7 +69,7 @@ class Server:
             LoopSchedule(loop),
             load_concurrency=config.load_threads,
             access_log=self.access_log,
-            drift=self.drift,
+            drift=self.drift if config.drift else None,
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
