@@ -338,5 +338,3 @@ def follow_ramp(population: Population, m: int, n: int, speed: float, windows: i
 
 def median_delays(n: int, speed: float, lives: Sequence[dict[str, float]]) -> Ramp:
     return Ramp(n, speed, len(lives), {name: float(np.median([life[name] for life in lives])) for name in DETECTORS})
-
-
