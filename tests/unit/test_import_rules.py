@@ -29,6 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.drift",
     ),
     (
+        "headrace.lifecycle.answers",
         "headrace.lifecycle.events",
         "headrace.lifecycle.memory",
         "headrace.lifecycle.tasks",
