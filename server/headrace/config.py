@@ -82,6 +82,18 @@ class ServerConfig:
     log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
     log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))
     access_log: bool = _option(False, "One JSON line per request on standard output.")
+    tracing: str = _option(
+        "",
+        "Where spans of traced requests go, extra `otel`: http://HOST:PORT or https://HOST:PORT of an OTLP collector (gRPC), file:PATH "
+        "for lines of OTLP JSON, console for standard error. Empty: nothing is traced.",
+    )
+    trace_fraction: float = _option(
+        0.01, "Part of the requests that is traced, of those whose caller has not decided it by its own traceparent.", minimum=0
+    )
+    trace_max_per_second: float = _option(
+        100.0, "Requests that are traced at most, also of those whose callers trace them: each costs some 0.3 ms of a core.", minimum=0
+    )
+    trace_service_name: str = _option("headrace", "`service.name` of the spans.")
     shutdown_grace: float = _option(30.0, "How long a stopping server finishes what it has admitted.", key="shutdown_grace_s", minimum=0)
     max_message_bytes: int = _option(INT32_MAX, "Largest message either way; the protocol's clients allow this much.", minimum=1024)
     max_inflight_bytes: int = _option(
@@ -120,6 +132,10 @@ class ServerConfig:
             check_listener("http", self.http)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or neither")
+        if self.tracing and self.tracing != "console" and not self.tracing.startswith(("http://", "https://", "file:")):
+            raise ConfigError(f"tracing: expected http://HOST:PORT, https://HOST:PORT, file:PATH or console, got {self.tracing!r}")
+        if self.trace_fraction > 1:
+            raise ConfigError(f"trace_fraction: expected 0 to 1, got {self.trace_fraction}")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
 

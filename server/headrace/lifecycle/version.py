@@ -33,9 +33,9 @@ from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, bat
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
-from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
+from headrace.telemetry.records import RequestRecords
 from headrace.threads import patient
 from headrace.wire.codec import ResponseEncoder
 
@@ -61,7 +61,7 @@ class ModelVersion:
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
-        access_log: AccessLog | None = None,
+        records: RequestRecords | None = None,
         interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
         on_change: Callable[[ModelVersion], None],
@@ -85,7 +85,7 @@ class ModelVersion:
         self.load_seconds = 0.0
         self._timer = timer
         self._schedule = schedule
-        self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
+        self._records = records.of_version(want.model, want.version, self.counters.exemplars) if records is not None else None
         self._interference = interference
         self._drift = drift
         self._watch: DriftWatch | None = None
@@ -363,12 +363,12 @@ class ModelVersion:
             timer=self._timer(),
             schedule=self._schedule,
             shard=counters.shard(),
-            on_dropped=self._access_log.dropped if self._access_log else None,
+            on_dropped=self._records.dropped if self._records is not None else None,
         )
         observers = [self._watch] if self._watch is not None else []
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log, observers)
+            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
             self._runners.append(runner)
             if inline:
                 worker.serve_inline(batcher, runner, inline)

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from math import log
 from typing import TypeVar
 
+from headrace.telemetry.exemplars import Exemplars
+
 Number = TypeVar("Number", int, float)
 
 DURATION_EDGES = (
@@ -284,6 +286,8 @@ class VersionCounters:
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         self._shards: list[CounterShard] = []
+        self.exemplars = Exemplars(len(Stage), DURATION_EDGES)
+        """Traced requests for the buckets of `snapshot`; none where nothing is traced."""
         self._wall_clock = wall_clock
 
     def __repr__(self) -> str:

@@ -16,6 +16,7 @@ from headrace.lifecycle.shadow import ShadowSnapshot
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import VersionView
 from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, DropCause, FailureReason, Stage
+from headrace.telemetry.exemplars import Exemplars
 from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
 from headrace.telemetry.machine import MachineCollector
 from headrace.telemetry.shadow_metrics import shadow_lines
@@ -106,7 +107,7 @@ class VersionFamilies:
         if version.state is not VersionState.UNLOADED:
             self._states.add(f'{labels},state="{version.state.value}"', 1)
         if version.state in _COUNTED_STATES:
-            self._add_counts(labels, version.counters.snapshot())
+            self._add_counts(labels, version.counters.snapshot(), version.counters.exemplars)
             for family, measure in self._gauges:
                 family.add(labels, measure(version))
             if version.latency_stats is not None:
@@ -119,9 +120,9 @@ class VersionFamilies:
         self._worthwhile.add(labels, stats.worthwhile)
         self._interference.add(labels, stats.factor)
 
-    def _add_counts(self, labels: str, counts: CounterSnapshot) -> None:
+    def _add_counts(self, labels: str, counts: CounterSnapshot, exemplars: Exemplars) -> None:
         for histogram, stage in self._stages:
-            histogram.add_histogram(labels, counts.buckets[stage], counts.seconds[stage])
+            histogram.add_histogram(labels, counts.buckets[stage], counts.seconds[stage], exemplars.of(stage))
         self._rows.add_histogram(labels, counts.row_buckets, counts.rows)
         for counter, count in self._counters:
             counter.add(labels, count(counts))
