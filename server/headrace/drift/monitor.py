@@ -15,7 +15,6 @@ to one version for its whole life, so that no window can hold the rows of two.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import math
 import threading
 import time
@@ -458,10 +457,13 @@ class DriftMonitors:
 
     def _publish(self, news: list[Alert]) -> None:
         """From any thread."""
-        for alert in news:
-            shown = dataclasses.asdict(alert)
-            del shown["at"]
-            (log.warning if alert.is_raised else log.info)("drift alert" if alert.is_raised else "drift alert over", **shown)
+        for is_raised in (True, False):
+            some = [alert for alert in news if alert.is_raised is is_raised]
+            if some:
+                # One line a window, however many features: what is worst comes first.
+                texts = [alert.text for alert in sorted(some, key=lambda alert: -abs(alert.value / (alert.critical or 1.0)))]
+                shown = {"model": some[0].model, "version": some[0].version, "rows": some[0].rows, "alerts": texts}
+                (log.warning if is_raised else log.info)("drift found" if is_raised else "drift over", **shown)
         try:
             self._loop.call_soon_threadsafe(self._tell, news)
         except RuntimeError:

@@ -250,6 +250,9 @@ class Tracing:
         except Exception as error:
             # A bug, or a disk that is full: the thread lives on, or every later trace would be lost.
             is_sent, reason = False, f"{type(error).__name__}: {error}"
+        if is_sent:
+            for ended in together:
+                _observe(ended)
         with self._condition:
             # 0 where `stop` has given up on them, and counted them.
             count = min(count, self._waiting)
@@ -258,9 +261,6 @@ class Tracing:
                 self._exported += count
             else:
                 self._not_sent += count
-        if is_sent:
-            for ended in together:
-                _observe(ended)
         if is_sent == self._is_failing:
             self._is_failing = not is_sent
             if is_sent:
