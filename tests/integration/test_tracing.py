@@ -38,7 +38,7 @@ METHOD = "inference.GRPCInferenceService/ModelInfer"
 def models(tmp_path: Path) -> Path:
     """`echo`: y = x; `slow` waits 2 s for 8 rows to run together; `picky` fails while it runs for an index beyond 2."""
     onnx_models.save(onnx_models.identity(), tmp_path / "echo" / "1")
-    onnx_models.save(onnx_models.identity(), tmp_path / "slow" / "3")
+    onnx_models.save(onnx_models.slow(2000), tmp_path / "slow" / "3")  # the same time for 8 rows as for 1: they are worth waiting for
     (tmp_path / "slow" / "model.toml").write_text("max_batch_size = 8\nmax_queue_delay_ms = 2000\n")
     onnx_models.save(onnx_models.fails_on_large_index(), tmp_path / "picky" / "1")
     return tmp_path
