@@ -101,15 +101,19 @@ async def test_requests_of_a_batch_are_linked_with_it_and_it_with_them(models: P
         async with serve_in_process(models, tracing=collector.endpoint, trace_fraction=1.0, transport=transport) as server:
             assert await asyncio.gather(*[infer(server, "slow", tensor=ones(2)) for _ in range(4)]) == ["OK"] * 4
             spans = await requests(collector, 4)
-    (batch,) = collector.named("batch slow")
-    assert [span.links for span in spans] == [[(batch.trace, batch.id)]] * 4
-    assert set(batch.links) == {(span.trace, span.id) for span in spans}
-    assert len({span.trace for span in spans} | {batch.trace}) == 5
-    assert (batch.attributes["headrace.batch.rows"], batch.attributes["headrace.batch.requests"]) == (8, 4)
-    assert batch.attributes["headrace.model.version"] == "3"
+    batches = {(batch.trace, batch.id): batch for batch in collector.named("batch slow")}
+    assert len(batches) in (1, 2), "8 rows at once, or 4 where the batcher tries what those are worth"
     for span in spans:
+        (link,) = span.links
+        assert (span.trace, span.id) in batches[link].links
         below = collector.below(span)
-        assert (below["queue"].ended, below["encode"].ended) == (batch.began, batch.ended)
+        assert (below["queue"].ended, below["encode"].ended) == (batches[link].began, batches[link].ended)
+    assert sum(len(batch.links) for batch in batches.values()) == 4
+    assert len({span.trace for span in spans} | {trace for trace, _ in batches}) == 4 + len(batches)
+    attributes = [batch.attributes for batch in batches.values()]
+    assert sum(int(one["headrace.batch.rows"]) for one in attributes) == 8
+    assert sum(int(one["headrace.batch.requests"]) for one in attributes) == 4
+    assert {one["headrace.model.version"] for one in attributes} == {"3"}
 
 
 @pytest.mark.parametrize(
