@@ -24,7 +24,7 @@ class InferenceService:
     def __init__(self, models: ModelsView, records: RequestRecords | None = None, regions: Regions | None = None) -> None:
         self._models = models
         self._records = records
-        self.identify: Callable[[Metadata, str], Caller] | None = records.identify if records is not None else None
+        self.identify: Callable[[Metadata, str], Caller | None] | None = records.identify if records is not None else None
         """What transports are to make each `reply.caller` with, of the call's metadata and its peer; it costs too much to do it for
         nobody."""
         self._regions = regions

@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from headrace.errors import HeadraceError
 from headrace.requests import Answer, Caller, InferRequest, Reply, Ticket
 from headrace.telemetry.access_log import AccessLog, Entry
 from headrace.telemetry.counters import BatchTimes
 from headrace.telemetry.exemplars import Exemplars
-from headrace.telemetry.trace_context import TraceContext, decode_traceparent
+from headrace.telemetry.trace_context import TraceContext, decode_traceparent, join_tracestate
 from headrace.telemetry.tracing import Owner, TracedRequest, Tracing
 
-Metadata = Iterable[tuple[str, str | bytes]]
+Metadata = Sequence[tuple[str, str | bytes]]
 
 
 class RequestRecords:
@@ -33,23 +33,27 @@ class RequestRecords:
     def of_version(self, model: str, version: int, exemplars: Exemplars) -> VersionRecords:
         return VersionRecords(self._access_log, self._tracing, model, version, exemplars)
 
-    def identify(self, metadata: Metadata, peer: str) -> Caller:
-        """Who makes a call, and whether it is traced; called once for each request, since that is decided by chance. Never raises."""
-        parents: list[str] = []
-        states: list[str] = []
-        user_agent = ""
-        for name, value in metadata:
-            if name == "user-agent":
-                user_agent = str(value)
-            elif name == "traceparent":
-                parents.append(str(value))
-            elif name == "tracestate":
-                states.append(str(value))
+    def identify(self, metadata: Metadata, peer: str) -> Caller | None:
+        """Who makes a call, and whether it is traced, None where neither matters. Called once for each request, since that is decided
+        by chance. Never raises."""
+        headers = dict(metadata)  # C code, and nearly all requests end here
+        parent = headers.get("traceparent")
+        if parent is None:
+            trace = self._tracing.sampler.begin() if self._tracing is not None else None
+        elif [name for name, _ in metadata].count("traceparent") > 1:
+            trace = self._begin("", "")  # of several none can be believed
+        else:
+            trace = self._begin(str(parent), join_tracestate([str(value) for name, value in metadata if name == "tracestate"]))
+        if trace is None and self._access_log is None:
+            return None
+        return Caller(peer, str(headers.get("user-agent", "")), trace)
+
+    def _begin(self, parent: str, state: str) -> TraceContext | None:
         if self._tracing is not None:
-            return Caller(peer, user_agent, self._tracing.sampler.begin(parents, states))
+            return self._tracing.sampler.begin(parent, state)
         # Nothing is traced here, but whoever looks for a trace finds its requests in the log.
-        parent = decode_traceparent(parents[0]) if len(parents) == 1 else None
-        return Caller(peer, user_agent, None if parent is None else TraceContext(parent[0], parent_id=parent[1]))
+        decoded = decode_traceparent(parent)
+        return None if decoded is None else TraceContext(decoded[0], parent_id=decoded[1])
 
     def refused(self, request: InferRequest | None, reply: Reply, error: HeadraceError, arrived: float) -> None:
         """It was no version's yet; `request` is None where it could not be decoded. Never blocks and never raises."""

@@ -21,7 +21,7 @@ from headrace.requests import Answer, Ticket
 from headrace.telemetry.counters import BatchTimes, Stage
 from headrace.telemetry.exemplars import Exemplar, Exemplars
 from headrace.telemetry.log import get_logger
-from headrace.telemetry.trace_context import SAMPLED, TraceContext, decode_traceparent, join_tracestate
+from headrace.telemetry.trace_context import SAMPLED, TraceContext, decode_traceparent
 
 log = get_logger(__name__)
 
@@ -106,9 +106,9 @@ class Sampler:
     def __repr__(self) -> str:
         return f"Sampler(fraction={self._fraction}, max_per_second={self._rate}, over_rate={self.over_rate})"
 
-    def begin(self, parents: Sequence[str], states: Sequence[str]) -> TraceContext | None:
-        """The place in a trace of a request that came with these traceparent and tracestate headers. None: in no trace at all."""
-        parent = decode_traceparent(parents[0]) if len(parents) == 1 else None  # of several none can be believed
+    def begin(self, traceparent: str = "", tracestate: str = "") -> TraceContext | None:
+        """The place in a trace of a request that came with these headers. None: in no trace at all."""
+        parent = decode_traceparent(traceparent) if traceparent else None
         if parent is None:
             if self._random.random() >= self._fraction or not self._spend():
                 return None
@@ -116,7 +116,7 @@ class Sampler:
         trace_id, parent_id, flags = parent
         if not flags & SAMPLED or not self._spend():
             return TraceContext(trace_id, 0, parent_id)
-        return TraceContext(trace_id, self._random.getrandbits(64) or 1, parent_id, join_tracestate([*states]))
+        return TraceContext(trace_id, self._random.getrandbits(64) or 1, parent_id, tracestate)
 
     def _spend(self) -> bool:
         with self._lock:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import random
 import threading
 from collections.abc import Sequence
@@ -7,6 +8,7 @@ from collections.abc import Sequence
 import pytest
 from headrace.errors import QueueTimeout
 from headrace.requests import Caller, Reply, Ticket
+from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.counters import DURATION_EDGES, BatchTimes, Stage
 from headrace.telemetry.exemplars import Exemplars
 from headrace.telemetry.records import RequestRecords, VersionRecords
@@ -68,40 +70,55 @@ def records(tracing: Tracing, exemplars: Exemplars | None = None) -> VersionReco
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
 def test_a_caller_that_has_decided_is_followed(fraction: float) -> None:
-    sampled = sampler(fraction).begin([f"{PARENT}-01"], ["v=1"])
+    sampled = sampler(fraction).begin(f"{PARENT}-01", "v=1")
     assert sampled is not None
     assert (sampled.trace_id, sampled.parent_id, sampled.state) == (int("a" * 32, 16), int("b" * 16, 16), "v=1")
     assert sampled.is_sampled
-    other = sampler(fraction).begin([f"{PARENT}-00"], [])
+    other = sampler(fraction).begin(f"{PARENT}-00")
     assert other is not None
     assert (other.trace_id, other.is_sampled) == (int("a" * 32, 16), False)
 
 
 def test_without_a_caller_that_has_decided_the_fraction_does() -> None:
-    assert sampler(0.0).begin([], []) is None
-    begun = sampler(1.0).begin(["nonsense"], ["v=1"])
+    assert sampler(0.0).begin() is None
+    begun = sampler(1.0).begin("nonsense", "v=1")
     assert begun is not None
     assert (begun.parent_id, begun.state, begun.is_sampled) == (0, "", True)
-    several = sampler(0.0).begin([f"{PARENT}-01", f"{PARENT}-01"], [])
-    assert several is None, "of several none can be believed"
 
 
 def test_a_fraction_is_met() -> None:
     some = sampler(0.1)
     some._random = random.Random(5)
-    count = sum(some.begin([], []) is not None for _ in range(20_000))
+    count = sum(some.begin() is not None for _ in range(20_000))
     assert 1850 < count < 2150  # 3.5 standard deviations
 
 
 def test_the_rate_bounds_also_those_whose_callers_trace_them_and_recovers() -> None:
     now = [0.0]
     bounded = sampler(0.0, rate=2.0, now=now)
-    begun = [bounded.begin([f"{PARENT}-01"], []) for _ in range(5)]
+    begun = [bounded.begin(f"{PARENT}-01") for _ in range(5)]
     assert [one is not None and one.is_sampled for one in begun] == [True, True, False, False, False]
     assert bounded.over_rate == 3
     now[0] = 0.5
-    again = [bounded.begin([f"{PARENT}-01"], []) for _ in range(2)]
+    again = [bounded.begin(f"{PARENT}-01") for _ in range(2)]
     assert [one is not None and one.is_sampled for one in again] == [True, False]
+
+
+@pytest.mark.parametrize("is_logged", [False, True])
+@pytest.mark.parametrize("is_traced", [False, True])
+def test_callers_are_identified_as_far_as_somebody_wants_to_know(is_logged: bool, is_traced: bool) -> None:
+    log = AccessLog(io.StringIO()) if is_logged else None
+    identify = RequestRecords(log, Tracing(sampler(), Exported()) if is_traced else None).identify
+    states = (("tracestate", "a=1"), ("tracestate", "b=2"))
+    sampled = identify((("user-agent", "x"), ("traceparent", f"{PARENT}-01"), *states), "unix:")
+    assert sampled is not None
+    assert sampled.trace is not None
+    assert (sampled.peer, sampled.user_agent, sampled.trace.is_sampled) == ("unix:", "x", is_traced)
+    assert sampled.trace.state == ("a=1,b=2" if is_traced else "")
+    for metadata in ((), (("traceparent", f"{PARENT}-01"),) * 2):  # of several none can be believed
+        caller = identify(metadata, "unix:")
+        assert (caller is not None) == is_logged
+        assert caller is None or caller.trace is None
 
 
 # -- what is handed on -------------------------------------------------------------------------------------------------
