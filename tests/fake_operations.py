@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from headrace.config import ModelConfig
+from headrace.drift.verdict import DriftReport
 from headrace.errors import FailedPrecondition, HeadraceError, InvalidRequest, NotFound
 from headrace.lifecycle.events import Actor, EventLog
 from headrace.lifecycle.view import ModelDescription, RolloutDescription, SourceDescription, VersionDescription
@@ -43,6 +44,7 @@ class FakeOperations:
         self.models = {model.name: model for model in models}
         self.event_log = EventLog(lambda: NOW)
         self.asked: list[tuple[Any, ...]] = []
+        self.reports: dict[tuple[str, int], DriftReport] = {}
 
     def sources(self) -> Sequence[SourceDescription]:
         return [SourceDescription("/srv/models", 1.5), SourceDescription("s3://models", 4000.0, "connection refused")]
@@ -53,6 +55,12 @@ class FakeOperations:
         if model not in self.models:
             raise NotFound(f"no model '{model}'")
         return [self.models[model]]
+
+    def drift(self, model: str, version: int) -> DriftReport:
+        self.describe(model)
+        if (model, version) not in self.reports:
+            raise FailedPrecondition(f"version {version} of '{model}' is not watched for drift")
+        return self.reports[model, version]
 
     async def promote(self, model: str, version: int, actor: Actor) -> None:
         (found,) = self.describe(model)

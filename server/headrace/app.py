@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -43,6 +44,7 @@ from headrace.telemetry.metrics import make_registry
 from headrace.telemetry.records import RequestRecords
 from headrace.telemetry.tracing import Sampler, Tracing
 from headrace.telemetry.tracing_metrics import TracingCollector
+from headrace.telemetry.webhooks import WebhookCollector, Webhooks
 from headrace.threads import expect_little_work
 
 log = get_logger(__name__)
@@ -72,13 +74,14 @@ class Server:
             LoopSchedule(loop),
             load_concurrency=config.load_threads,
             records=records,
-            drift=self.drift,
+            drift=self.drift if config.drift else None,
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
         self.watchers = [self._watcher(source) for source in self.sources] if config.model_control != "explicit" else []
         self.admin = Admin(self.models, self.watchers)
         self.audit_log: AuditLog | None = None
+        self.webhooks: Webhooks | None = None
         self._tasks = Tasks()
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         regions = SharedMemoryRegions() if config.client_shared_memory else None
@@ -99,9 +102,12 @@ class Server:
             self.access_log.start()
         if self.tracing is not None:
             self.tracing.start()
+        self._start_webhooks()
         if self.config.http:
             registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
             registry.register(LifecycleCollector(self.admin))
+            if self.webhooks is not None:
+                registry.register(WebhookCollector(self.webhooks))
             if self.tracing is not None:
                 registry.register(TracingCollector(self.tracing))
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
@@ -109,6 +115,14 @@ class Server:
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))
         await self._load()
+
+    def _start_webhooks(self) -> None:
+        config = self.config
+        if config.drift_webhooks:
+            self.webhooks = Webhooks(config.drift_webhooks, config.drift_webhook_secret, f"//{socket.gethostname()}/headrace")
+            self.webhooks.start()
+            self.drift.subscribe(self.webhooks.alert)
+            self.models.event_log.subscribe(self.webhooks.lifecycle)
 
     def _look_now(self) -> None:
         """Somebody says that something has changed, somewhere."""
@@ -176,6 +190,8 @@ class Server:
         self.drift.close()
         if self.http is not None:
             await self.http.stop()
+        if self.webhooks is not None:
+            await self.webhooks.stop()
         for source in self.sources:
             await source.close()
         if self.tracing is not None:

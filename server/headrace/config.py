@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from headrace.errors import ConfigError
 
@@ -120,6 +121,13 @@ class ServerConfig:
     webhook_secret: str = _option(
         "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
     )
+    drift: bool = _option(True, "Watch models for drift, as the [drift] of each says; off: none of them.")
+    drift_webhooks: tuple[str, ...] = _option(
+        (), "URLs that get each drift alert, promotion, rollback and failed load as a CloudEvent (docs/drift/act.md)."
+    )
+    drift_webhook_secret: str = _option(
+        "", "What those deliveries are signed with; empty: they are not. Only as HEADRACE_DRIFT_WEBHOOK_SECRET.", secret=True
+    )
 
     @property
     def sources(self) -> SourceConfig:
@@ -130,6 +138,8 @@ class ServerConfig:
             check_listener("grpc", listener)
         if self.http:
             check_listener("http", self.http)
+        for url in self.drift_webhooks:
+            _check_url("drift_webhooks", url)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or neither")
         if self.tracing and self.tracing != "console" and not self.tracing.startswith(("http://", "https://", "file:")):
@@ -138,6 +148,16 @@ class ServerConfig:
             raise ConfigError(f"trace_fraction: expected 0 to 1, got {self.trace_fraction}")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
+
+
+def _check_url(name: str, url: str) -> None:
+    try:
+        parts = urlsplit(url)
+        is_url = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        is_url = False
+    if not is_url:
+        raise ConfigError(f"{name}: expected http://HOST/PATH or https://HOST/PATH, got {url!r}")
 
 
 def check_listener(name: str, listener: str) -> None:
@@ -217,20 +237,11 @@ class TensorConfig:
         "projections. classes: scores of classes (outputs). off: nothing.",
         choices=("auto", "columns", "categories", "image", "audio", "embedding", "classes", "off"),
     )
-    columns: tuple[str, ...] = _option((), "Names of a row's elements, in their order, for drift and data validation.")
+    columns: tuple[str, ...] = _option((), "Names of a row's elements, in their order, by which features are called.")
     activation: str = _option(
         "auto",
         "What class scores are; auto: probabilities where the first rows add up to 1.",
         choices=("auto", "probabilities", "logits"),
-    )
-    minimum: float | None = _option(None, "Values below it are invalid (inputs only).")
-    maximum: float | None = _option(None, "Values above it are invalid (inputs only).")
-    categories: tuple[str, ...] = _option((), "The only values that are valid, numbers as their decimal text (inputs only).")
-    finite: bool = _option(False, "NaN and infinity are invalid (inputs only).")
-    on_invalid: str = _option(
-        "count",
-        "What is done about invalid values: count them, or refuse the request with INVALID_ARGUMENT.",
-        choices=("count", "refuse"),
     )
 
 

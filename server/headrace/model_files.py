@@ -8,7 +8,10 @@ from pathlib import Path
 
 from headrace.config import ModelConfig
 from headrace.config_loading import load_model_toml, parse_model_toml
-from headrace.errors import ConfigError
+from headrace.drift.reference import Reference
+from headrace.drift.reference_file import FILENAME, MOST_BYTES, check_fits, decode
+from headrace.errors import ConfigError, LoadError
+from headrace.signature import Signature
 from headrace.wire.config_pbtxt import parse_config_pbtxt
 
 CONFIG_FILES = ("model.toml", "config.pbtxt")
@@ -75,3 +78,18 @@ def _read_text(path: Path, place: str) -> str:
         raise ConfigError(f"{place}: expected UTF-8, byte {error.start} is not") from None
     except OSError as error:
         raise ConfigError(f"{place}: {error.strerror}") from None
+
+
+def read_reference(directory: Path, signature: Signature) -> Reference | None:
+    """The drift reference in a version's directory, None where there is none. Raises LoadError for one that is damaged or of another
+    model: what is compared with it would be wrong, and the version before serves on."""
+    try:
+        with (directory / FILENAME).open("rb") as file:
+            data = file.read(MOST_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise LoadError(f"{FILENAME}: {error.strerror}") from None
+    reference = decode(data)
+    check_fits(reference, signature)
+    return reference

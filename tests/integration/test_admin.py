@@ -15,6 +15,7 @@ from headrace.lifecycle.events import Event, EventLog
 from headrace.rpc.admin_client import AdminClient, CallFailed, Tls
 from scripted_models import ScriptedVersion
 from served_models import Serve
+from watched_versions import DRIFTED, report
 
 Answer = TypeVar("Answer")
 
@@ -58,6 +59,14 @@ async def test_a_client_sees_and_changes_models(serve: Serve) -> None:
     assert [event.kind for event in history] == ["rolled_back", "label", "traffic", "promoted"]
     assert history[0].who.startswith("127.0.0.1:")
     assert history[0].reason == "too slow"
+
+
+async def test_a_client_sees_how_far_a_version_has_drifted(serve: Serve) -> None:
+    view = FakeOperations(DIGITS)
+    view.reports["digits", 3] = given = report(DRIFTED)
+    async with serve(view=view) as served:
+        found = await ask(served.address, lambda client: client.get_drift("digits", 3))
+    assert (found.reference, found.alerts, found.history) == (given.reference, given.alerts, given.history)
 
 
 @pytest.mark.parametrize(

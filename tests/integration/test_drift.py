@@ -50,6 +50,16 @@ def report_of(server: Server) -> DriftReport:
     return report
 
 
+async def test_a_server_can_leave_drift_alone() -> None:
+    server = Server(ServerConfig(models=(str(EXAMPLE.parent),), grpc=("127.0.0.1:0",), http="", drift=False))
+    await server.start()
+    try:
+        await asyncio.to_thread(send, server.grpc_addresses[0], CLEAN, 3)
+        assert server.models.resolve("digits", "").drift is None
+    finally:
+        await server.stop()
+
+
 async def until(is_so: Callable[[], bool]) -> None:
     """Rows are counted after their answers have left."""
     async with asyncio.timeout(30):

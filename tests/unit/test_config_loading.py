@@ -36,9 +36,10 @@ def test_environment_overrides_the_file_and_flags_override_both(tmp_path: Path) 
 @pytest.mark.parametrize("key", option_keys(ServerConfig))
 def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     field = option_keys(ServerConfig)[key]
-    texts = {"grpc": "unix:/run/a.sock", "http": "0.0.0.0:1", "tls_certificate": "a.pem", "tracing": "console"}
+    texts = {"grpc": "unix:/run/a.sock", "http": "0.0.0.0:1", "tls_certificate": "a.pem", "drift_webhooks": "https://a/b"}
     numbers = {"max_message_bytes": "4096", "max_inflight_bytes": "8192", "load_threads": "7", "cache_bytes": "1000", "shared_threads": "3"}
     seconds = {"shutdown_grace_s": "2.5", "poll_interval_s": "2.5", "settle_s": "2.5"}
+    texts |= {"tracing": "console"}
     numbers |= {"trace_fraction": "0.5", "trace_max_per_second": "2.5"}
     choices = field.metadata["choices"]
     text = {**texts, **numbers, **seconds}.get(key) or (choices[-1] if choices else "true" if field.type == "bool" else "x")
@@ -46,7 +47,7 @@ def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     if key.startswith("tls_"):
         environment |= {"HEADRACE_TLS_CERTIFICATE": text, "HEADRACE_TLS_KEY": text}
     value = getattr(load_server_config({}, environment, None), field.name)
-    expected = {"grpc": ("unix:/run/a.sock",), "models": ("x",), "load_models": ("x",)}
+    expected = {"grpc": ("unix:/run/a.sock",), "models": ("x",), "load_models": ("x",), "drift_webhooks": ("https://a/b",)}
     assert value == expected.get(key, True if type(value) is bool else type(value)(text))
 
 

@@ -71,11 +71,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
         "headrace.drift.monitor",
+        "headrace.drift.watch",
         "headrace.sources.publish",
     ),
     (
         "headrace.backends.worker",
         "headrace.lifecycle.recorded",
+        "headrace.lifecycle.drift_subject",
         "headrace.lifecycle.inspection",
         "headrace.lifecycle.wanted",
         "headrace.lifecycle.parts",
@@ -104,7 +106,7 @@ PURE = (
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
-    "headrace.drift.window", "headrace.drift.alarms",
+    "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

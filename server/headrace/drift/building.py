@@ -157,21 +157,28 @@ def _describe(feature: Feature, column: _Column, bins: int) -> FeatureReference:
 
 
 def cut(values: Array, bins: int, dtype: np.dtype[Any]) -> NDArray[np.float64]:
-    """Edges between `bins` ranges with about as many of the values each; fewer where values repeat. Each edge is one of the values.
+    """Edges between `bins` ranges with about as many of the values each. Each edge is one of the values.
 
-    Of a constant: what lies below it, itself, and what lies above, in the tensor's type.
+    A value that alone makes up a range, such as a confidence of 1, has one to itself: with its neighbours it would hide how many of
+    them there are. So a few ranges more than `bins` can come out, and fewer where values repeat. Of a constant: what lies below it,
+    itself, and what lies above, in the tensor's type.
     """
     if not len(values):
         return np.zeros(0)
-    edges: NDArray[np.float64] = np.unique(np.quantile(values, np.linspace(0, 1, bins + 1)[1:-1], method="inverted_cdf"))
-    edges = edges[edges < values.max()]
-    if len(edges):
-        return edges
-    low, high = float(values.min()), float(values.max())
-    if low < high:
-        return np.array([low])
-    below = low - 1 if dtype.kind in "iu" else float(np.nextafter(dtype.type(low), dtype.type(-np.inf)))
-    return np.array([below, low])
+    found, rows = np.unique(values, return_counts=True)
+    if len(found) == 1:
+        low = float(found[0])
+        below = low - 1 if dtype.kind in "iu" else float(np.nextafter(dtype.type(low), dtype.type(-np.inf)))
+        return np.array([below, low])
+    heavy = np.flatnonzero(rows * bins >= len(values))
+    around = np.concatenate([heavy, heavy[heavy > 0] - 1])
+    # Between the heavy values the others are divided as far as there are ranges left.
+    light = np.delete(np.arange(len(found)), heavy)
+    left = max(bins - len(heavy), 1)
+    share = np.cumsum(rows[light]) / max(rows[light].sum(), 1)
+    cuts = [light[np.searchsorted(share, part)] for part in np.linspace(0, 1, left + 1)[1:-1]] if len(light) else []
+    edges: NDArray[np.float64] = found[np.unique(np.concatenate([around, np.array(cuts, np.int64)]))]
+    return np.asarray(edges[edges < found[-1]])
 
 
 def _describe_categories(feature: Feature, texts: Sequence[str]) -> FeatureReference:

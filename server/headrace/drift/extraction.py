@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.drift.features import Extract, Feature
-from headrace.drift.plan import channels_of
+from headrace.drift.features import OF_SCORES, Extract, Feature
+from headrace.drift.plan import PROJECTIONS, channels_of
 
 Array = NDArray[Any]
 Values = NDArray[np.float64]
@@ -61,7 +61,7 @@ def _derive(array: Array, flat: Array, rest: Sequence[tuple[int, Feature]], out:
     by_channel: dict[int, list[tuple[int, Extract]]] = {}
     scores: list[tuple[int, Feature]] = []
     for position, feature in rest:
-        if feature.extract in _OF_SCORES:
+        if feature.extract in OF_SCORES:
             scores.append((position, feature))
         elif feature.extract is not Extract.PROJECTION:
             by_channel.setdefault(feature.index, []).append((position, feature.extract))
@@ -112,9 +112,6 @@ def _sharpness(part: Array) -> Values:
     return np.sqrt(total / max(count, 1))
 
 
-_OF_SCORES = frozenset({Extract.CONFIDENCE, Extract.ENTROPY, Extract.MARGIN})
-
-
 def probabilities(scores: Array, is_logits: bool) -> Values:
     """[rows, classes]. Softmax of logits, less the row's largest so that nothing overflows."""
     values = scores.astype(np.float64)
@@ -152,13 +149,13 @@ def as_text(value: object) -> str:
     if isinstance(value, (bool, np.bool_)):
         return "true" if value else "false"
     if isinstance(value, (float, np.floating)):
-        return f"{float(value):g}"
+        return f"{float(value):.9g}"  # enough to tell any two FP32 apart
     return str(value)
 
 
 @lru_cache(maxsize=64)
 def directions(size: int) -> NDArray[np.float32]:
-    """[size, PROJECTED]: of each direction the element is +1 or -1, divided by the root of `size`.
+    """[size, PROJECTIONS]: of each direction the element is +1 or -1, divided by the root of `size`.
 
     The sign of element i in direction j is bit j of splitmix64's i-th output from state 0 (Steele, Lea and Flood 2014; i from 0): a
     reference stays valid whoever computes it, in whatever language. Such projections keep distances (Achlioptas 2003).
@@ -168,9 +165,5 @@ def directions(size: int) -> NDArray[np.float32]:
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         z = z ^ (z >> np.uint64(31))
-    bits = (z[:, None] >> np.arange(PROJECTED, dtype=np.uint64)) & np.uint64(1)
+    bits = (z[:, None] >> np.arange(PROJECTIONS, dtype=np.uint64)) & np.uint64(1)
     return ((bits.astype(np.float32) * 2 - 1) / np.float32(np.sqrt(size))).astype(np.float32)
-
-
-PROJECTED = 8
-"""Directions that are ever used; more bits would be there."""

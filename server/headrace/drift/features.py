@@ -43,6 +43,11 @@ class Extract(enum.StrEnum):
     """Of the scores as probabilities: the largest; the entropy in nats; the largest less the second."""
 
 
+SUMMARY = (Extract.MEAN, Extract.DEVIATION, Extract.MINIMUM, Extract.MAXIMUM)
+BY_CHANNEL = frozenset({*SUMMARY, Extract.SHARPNESS})
+OF_SCORES = (Extract.CLASS, Extract.CONFIDENCE, Extract.ENTROPY, Extract.MARGIN)
+
+
 @dataclass(frozen=True, slots=True)
 class Feature:
     """`name` is unique within its tensor: a column's own name or its number, or what it is, such as `mean[0]` or `class`.

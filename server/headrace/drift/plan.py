@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig, TensorConfig
-from headrace.drift.features import Extract, Feature, Kind, Side
+from headrace.drift.features import OF_SCORES, SUMMARY, Extract, Feature, Kind, Side
 from headrace.errors import ConfigError
 from headrace.signature import DataType, Signature, TensorSpec, format_shape
 
@@ -36,12 +36,12 @@ MOST_PROJECTED = 1 << 16
 """Elements of a row. Projecting more costs more than counting everything else."""
 MOST_SPREAD = 256
 """Elements of a row of which some are watched one by one; of a wider one no single element says much."""
+ENOUGH = 32
+"""Rows that decide whether an output's numbers are probabilities. Of one alone they can add up to 1 by chance."""
 SMALLEST_SIDE = 8
 """Pixels: [3, 4, 5] is no picture."""
 
 _CHANNELS = (1, 3, 4)
-_SUMMARY = (Extract.MEAN, Extract.DEVIATION, Extract.MINIMUM, Extract.MAXIMUM)
-_SCORES = (Extract.CLASS, Extract.CONFIDENCE, Extract.ENTROPY, Extract.MARGIN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +99,14 @@ def choose(signature: Signature, config: ModelConfig, labels: Mapping[str, tuple
 
 
 def settle(plan: Plan, outputs: Mapping[str, Array]) -> Plan:
-    """Decide by the first data what was undecided; an output that is not in it stays so."""
+    """Decide by the first data what was undecided; an output of which there are not ENOUGH finite rows stays so."""
     features, left_out, still = list(plan.features), list(plan.left_out), []
     for each in plan.undecided:
-        array = outputs.get(each.spec.name)
-        if array is None or not len(array):
+        rows = outputs[each.spec.name].reshape(-1, each.size) if each.spec.name in outputs else np.zeros((0, each.size))
+        rows = rows[np.isfinite(rows).all(axis=1)]
+        if len(rows) < ENOUGH:
             still.append(each)
-        elif are_probabilities(array.reshape(len(array), -1)):
+        elif are_probabilities(rows):
             features += _scores(each.spec, is_logits=False)
         else:
             found, missed = _row(Side.OUTPUT, each.spec, (each.size,), each.settings, plan.max_features)
@@ -116,8 +117,6 @@ def settle(plan: Plan, outputs: Mapping[str, Array]) -> Plan:
 
 def are_probabilities(rows: Array) -> bool:
     """Of floats: none is negative, and each row adds up to 1."""
-    if rows.dtype.kind != "f":
-        return False
     rows = rows.astype(np.float64)
     return bool((rows >= 0).all() and (np.abs(rows.sum(axis=1) - 1) < 1e-2).all())
 
@@ -179,7 +178,7 @@ def _scores(spec: TensorSpec, is_logits: bool) -> list[Feature]:
             Side.OUTPUT, spec.name, extract.value, Kind.CATEGORICAL if extract is Extract.CLASS else Kind.NUMERIC, extract,
             is_logits=is_logits,
         )
-        for extract in _SCORES
+        for extract in OF_SCORES
     ]  # fmt: skip
 
 
@@ -191,7 +190,7 @@ def _image(side: Side, spec: TensorSpec, tail: tuple[int, ...], where: str, cap:
     features = [
         Feature(side, spec.name, f"{extract.value}[{channel}]", Kind.NUMERIC, extract, channel)
         for channel in range(found[1])
-        for extract in (*_SUMMARY, Extract.SHARPNESS)
+        for extract in (*SUMMARY, Extract.SHARPNESS)
     ]
     missed = [f"{where}: {len(features) - cap} of {len(features)} numbers of its channels"] if len(features) > cap else []
     return features[:cap], missed
@@ -201,11 +200,11 @@ def _row(side: Side, spec: TensorSpec, tail: tuple[int, ...], setting: TensorCon
     """Columns where they are few; else what sums up a row, and some columns where there is room."""
     size = -1 if -1 in tail else math.prod(tail)
     is_audio = setting.monitor == "audio" or (setting.monitor == "auto" and tail == (-1,))
-    if 0 <= size <= cap and len(tail) <= 1 and setting.monitor == "auto":
+    if 0 <= size <= cap and len([side for side in tail if side != 1]) <= 1 and setting.monitor == "auto":
         kind = Kind.CATEGORICAL if spec.datatype is DataType.BOOL else Kind.NUMERIC
         return _columns(side, spec, range(size), setting, kind, cap)
     extracts = [Extract.LENGTH] if size < 0 else []
-    extracts += [*_SUMMARY, Extract.SHARPNESS if is_audio else Extract.NORM]
+    extracts += [*SUMMARY, Extract.SHARPNESS if is_audio else Extract.NORM]
     features = [Feature(side, spec.name, extract.value, Kind.NUMERIC, extract) for extract in extracts]
     if 0 < size <= MOST_PROJECTED and not is_audio:
         features += [
@@ -213,8 +212,10 @@ def _row(side: Side, spec: TensorSpec, tail: tuple[int, ...], setting: TensorCon
         ]
     features = features[:cap]
     room = cap - len(features)
-    if not (0 < size <= MOST_SPREAD) or is_audio or setting.monitor == "embedding" or room <= 0:
+    if size < 0 or is_audio or setting.monitor in ("image", "embedding"):
         return features, []
+    if size > MOST_SPREAD or room <= 0:
+        return features, [f"{side.value} '{spec.name}': each of {size} columns alone; a row is watched as a whole"]
     spread = sorted({round(position) for position in np.linspace(0, size - 1, min(room, size))})
     columns, _ = _columns(side, spec, spread, setting, Kind.NUMERIC, cap)
     missed = [f"{side.value} '{spec.name}': {size - len(spread)} of {size} columns; max_features in [drift]"] if len(spread) < size else []

@@ -41,9 +41,9 @@ class FeatureReference:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each bin, for people and for the `le` or `category` of its series."""
+        """A name for each bin, as its series have it: the upper edge, written as Prometheus writes `le`, or the category."""
         if self.is_numeric:
-            return (*[f"{edge:g}" for edge in self.edges], "+Inf")
+            return (*[str(float(edge)) for edge in self.edges], "+Inf")
         return (*self.categories, "")
 
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import msgpack
 
-from headrace.drift.features import Extract, Feature, Kind, Side
+from headrace.drift.features import BY_CHANNEL, OF_SCORES, Extract, Feature, Kind, Side
+from headrace.drift.plan import MOST_PROJECTED, PROJECTIONS, channels_of
 from headrace.drift.reference import Calibration, FeatureReference, Reference
 from headrace.errors import LoadError
-from headrace.signature import Signature
+from headrace.signature import DataType, Signature
 
 FILENAME = "drift.msgpack"
 FORMAT = "headrace.drift"
@@ -84,24 +85,38 @@ def decode(data: bytes) -> Reference:
 
 
 def check_fits(reference: Reference, signature: Signature) -> None:
-    """Raises LoadError when it is of a model with other tensors."""
-    specs = {(Side.INPUT, spec.name) for spec in signature.inputs} | {(Side.OUTPUT, spec.name) for spec in signature.outputs}
+    """Raises LoadError when it is of a model with other tensors, or watches what they do not have."""
+    specs = {(Side.INPUT, spec.name): spec for spec in signature.inputs} | {(Side.OUTPUT, spec.name): spec for spec in signature.outputs}
     for each in reference.features:
         feature = each.feature
-        if (feature.side, feature.tensor) not in specs:
+        spec = specs.get((feature.side, feature.tensor))
+        if spec is None:
             there = ", ".join(sorted(name for side, name in specs if side is feature.side))
             raise LoadError(
                 f"{FILENAME}: {feature.side.value} '{feature.tensor}' is not in model '{signature.model}', which has {there}: "
                 "it was made for another model"
             )
-        spec = next(spec for spec in (*signature.inputs, *signature.outputs) if spec.name == feature.tensor)
         tail = spec.shape[1:] if signature.is_batching else spec.shape
-        size = math.prod(tail) if -1 not in tail else -1
-        if feature.extract is Extract.COLUMN and 0 <= size <= feature.index:
-            raise LoadError(f"{FILENAME}: column {feature.index} of {feature.side.value} '{feature.tensor}', which has {size} a row")
-        is_text = spec.datatype.itemsize == 0
-        if is_text and not (feature.kind is Kind.CATEGORICAL or feature.extract is Extract.LENGTH):
-            raise LoadError(f"{FILENAME}: '{feature.title}': expected a category, {spec.datatype.value} has no numbers")
+        problem = _misfit(feature, tail, is_text=spec.datatype is DataType.BYTES)
+        if problem:
+            raise LoadError(f"{FILENAME}: {feature.side.value} feature '{feature.title}': {problem}")
+
+
+def _misfit(feature: Feature, tail: tuple[int, ...], *, is_text: bool) -> str:
+    """Why this cannot be got from rows of that shape, or nothing."""
+    size = math.prod(tail) if -1 not in tail else -1
+    if is_text and not (feature.kind is Kind.CATEGORICAL and feature.extract is Extract.COLUMN) and feature.extract is not Extract.LENGTH:
+        return "expected a category, strings have no numbers"
+    if feature.extract is Extract.COLUMN:
+        return "" if feature.index < size else f"column {feature.index} of rows with {size if size >= 0 else 'any number of'} elements"
+    if feature.extract in BY_CHANNEL and feature.index >= 0:
+        channels = channels_of(tail)
+        return "" if channels is not None and feature.index < channels[1] else f"channel {feature.index} of rows of shape {list(tail)}"
+    if feature.extract is Extract.PROJECTION and not 0 < size <= MOST_PROJECTED:
+        return f"a projection of rows of shape {list(tail)}"
+    if feature.extract in OF_SCORES and not (len(tail) == 1 and feature.side is Side.OUTPUT):
+        return f"scores of classes in rows of shape {list(tail)}"
+    return ""
 
 
 def _feature(table: object, where: str) -> FeatureReference:
@@ -122,8 +137,8 @@ def _feature(table: object, where: str) -> FeatureReference:
         raise LoadError(f"{FILENAME}: {where}: {error}: unknown here") from None
     if feature.index < -1 or (feature.extract in (Extract.COLUMN, Extract.PROJECTION) and feature.index < 0):
         raise LoadError(f"{FILENAME}: {where}: index: expected at least 0, got {feature.index}")
-    if feature.extract is Extract.PROJECTION and feature.index >= 8:
-        raise LoadError(f"{FILENAME}: {where}: index: expected a projection below 8, got {feature.index}")
+    if feature.extract is Extract.PROJECTION and feature.index >= PROJECTIONS:
+        raise LoadError(f"{FILENAME}: {where}: index: expected a projection below {PROJECTIONS}, got {feature.index}")
     edges = [float(edge) for edge in _list(table, "edges", (int, float), where)]
     categories = _list(table, "categories", str, where)
     counts = _list(table, "counts", int, where)

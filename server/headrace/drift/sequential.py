@@ -11,6 +11,7 @@ often than once in 1 / (alpha's share) windows. As with windows, an effect of `m
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,16 @@ class SlowDrift:
         ratios = np.exp(np.clip(total, -700, 50))
         self._evidence = {index: self._decide(index, float(ratio), logs[:, index]) for index, ratio in enumerate(ratios)}
 
+    def restart(self, features: Iterable[int]) -> None:
+        """Begin anew with these. The budget holds: what is left out of a sum of e-processes makes it smaller."""
+        for index in features:
+            self._forget(index)
+
+    def _forget(self, index: int) -> None:
+        self._alarms.discard(index)
+        self._sums[:, index] = 0
+        self._evidence[index] = 0.0
+
     def evidence(self) -> dict[int, float]:
         """By feature: 1 and more is an alarm."""
         return dict(self._evidence)
@@ -107,8 +118,7 @@ class SlowDrift:
         if index in self._alarms:
             settled = [log for log, began in zip(logs, self._began, strict=True) if self._windows - began >= SETTLED]
             if settled and settled[-1] < 0:
-                self._alarms.discard(index)
-                self._sums[:, index] = 0
+                self._forget(index)
                 return 0.0
             return max(ratio, 1.0)
         if ratio < 1:

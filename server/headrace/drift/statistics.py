@@ -99,12 +99,6 @@ def wasserstein_weights(edges: Sequence[float], minimum: float, maximum: float, 
     return weights / deviation if deviation > 0 else weights * 0.0
 
 
-def mean_difference(live_mean: float, live_deviation: float, n: int, mean: float, deviation: float, m: int) -> float:
-    """Welch's z (1947): the difference of the means in its standard errors."""
-    variance = live_deviation**2 / n + deviation**2 / m if n and m else 0.0
-    return (live_mean - mean) / math.sqrt(variance) if variance > 0 else 0.0
-
-
 def chi_square(live: Array, reference: Array) -> tuple[Array, Array]:
     """Pearson's statistic for two samples (Press et al., Numerical Recipes, 14.3), and its degrees of freedom: sum of
     (sqrt(m/n) x - sqrt(n/m) y)^2 / (x + y) over the bins that are not empty."""

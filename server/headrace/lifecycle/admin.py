@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from headrace.config_loading import LABEL
+from headrace.drift.verdict import DriftReport
 from headrace.errors import FailedPrecondition, InvalidRequest, NotFound
 from headrace.lifecycle.events import Actor, EventLog
 from headrace.lifecycle.manager import ModelManager
@@ -31,6 +32,21 @@ class Admin:
     def describe(self, model: str) -> Sequence[ModelDescription]:
         models = [self._models.model(model)] if model else [entry for _, entry in sorted(self._models.models.items())]
         return [describe_model(entry, self._models.source_error(entry)) for entry in models]
+
+    def drift(self, model: str, version: int) -> DriftReport:
+        entry = self._models.model(model)
+        found = entry.route.default if not version else next((each for each in entry.versions if each.version == version), None)
+        if found is None and not version:
+            raise FailedPrecondition(f"model '{model}' has no version that serves")
+        if found is None:
+            raise NotFound(f"model '{model}' has no version {version}")
+        report = found.drift
+        if report is None:
+            raise FailedPrecondition(
+                f"version {found.version} of '{model}' is not watched for drift: it is {found.state.value}; expected a live version, "
+                "whose model.toml does not have [drift] reference = 'off', with inputs or outputs that can be watched"
+            )
+        return report
 
     async def promote(self, model: str, version: int, actor: Actor) -> None:
         entry = self._models.model(model)

@@ -8,11 +8,12 @@ from pathlib import Path
 from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
 from headrace.config import ModelConfig
 from headrace.drift.reference import Reference
-from headrace.drift.reference_file import FILENAME, MOST_BYTES, check_fits, decode
+from headrace.drift.reference_file import FILENAME
 from headrace.errors import LoadError
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.memory import available_memory
 from headrace.lifecycle.recorded import Recorded, read_recorded
+from headrace.model_files import read_reference
 from headrace.sources.base import Fetched
 from headrace.sources.manifest import Manifest
 from headrace.sources.verification import verify_version
@@ -39,19 +40,16 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     effective = resolve_model(config, fetched.model_directory, directory, backends, known)
     needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
     recorded = read_recorded(effective.signature, fetched.model_directory, directory)
-    return Inspection(effective, needed, available_memory(), digest, manifest, recorded, read_reference(effective, directory))
+    reference = _read_reference(effective, directory)
+    return Inspection(effective, needed, available_memory(), digest, manifest, recorded, reference)
 
 
-def read_reference(effective: EffectiveModel, directory: Path) -> Reference | None:
-    """The drift reference in a version's directory, None where there is none. Raises LoadError for one that is damaged or of another
-    model: what is compared with it would be wrong, and the version before serves on."""
-    try:
-        with (directory / FILENAME).open("rb") as file:
-            data = file.read(MOST_BYTES + 1)
-    except FileNotFoundError:
+def _read_reference(effective: EffectiveModel, directory: Path) -> Reference | None:
+    """Also looked for here, and not where it is used, so that a wrong one is known before anything is loaded."""
+    wanted = effective.config.drift.reference
+    if wanted not in ("auto", "file"):
         return None
-    except OSError as error:
-        raise LoadError(f"{FILENAME}: {error.strerror}") from None
-    reference = decode(data)
-    check_fits(reference, effective.signature)
+    reference = read_reference(directory, effective.signature)
+    if reference is None and wanted == "file":
+        raise LoadError(f"[drift] reference 'file': expected {FILENAME} beside the model's file, found none")
     return reference

@@ -16,12 +16,12 @@ from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
-from headrace.drift.monitor import DriftMonitors, DriftWatch
-from headrace.drift.plan import choose as choose_features
-from headrace.drift.reference_file import FILENAME as REFERENCE_FILE
+from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
+from headrace.drift.watch import DriftWatch, Subject
 from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
@@ -269,10 +269,12 @@ class ModelVersion:
         self, effective: EffectiveModel, directory: Path, backend: type[Backend], predecessor: ModelVersion | None, pause: float
     ) -> None:
         known, before = learnt_of(predecessor, effective), resident_bytes()
+        subject = self._drift_subject(effective, predecessor)
         try:
             warm = await self._start_workers(effective, directory, backend, known, pause)
         except BatchAxisError as error:
             effective, known = without_batching(effective, str(error)), NOTHING_KNOWN
+            subject = self._drift_subject(effective, predecessor)
             warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
@@ -282,7 +284,7 @@ class ModelVersion:
             self.inspection = dataclasses.replace(self.inspection, recorded=())
         self.latencies = dict(warm.seconds)
         self.effective = effective
-        self._watch = self._watch_drift(effective, predecessor)
+        self._watch = self._drift.watch(subject) if self._drift is not None and subject is not None else None
         self._open(effective, known.table)
 
     async def _start_workers(
@@ -313,36 +315,12 @@ class ModelVersion:
             raise errors[0].with_traceback(None)
         return next(result for result in results if isinstance(result, WarmUp))
 
-    def _watch_drift(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> DriftWatch | None:
-        """Against what was published with the version, or else what its predecessor saw, or what it will see itself."""
-        config = effective.config.drift
-        if self._drift is None or config.reference == "off":
+    def _drift_subject(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> Subject | None:
+        if self._drift is None:
             return None
-        plan = choose_features(effective.signature, effective.config, effective.labels)
-        reference = self.inspection.reference if self.inspection is not None and config.reference != "learn" else None
-        if reference is None and config.reference == "file":
-            raise LoadError(f"[drift] reference 'file': expected {REFERENCE_FILE} beside the model's file, found none")
-        if reference is None and config.reference == "auto" and predecessor is not None and predecessor._watch is not None:
-            reference = predecessor._watch.live_reference(plan)
-        if not plan.features and reference is None:
-            return None
-        log.info(
-            "drift watched",
-            model=self.model,
-            version=self.version,
-            reference=reference.source if reference is not None else f"the first {config.learn_rows} rows",
-            features=len(reference.features if reference is not None else plan.features),
-            left_out=list(reference.left_out if reference is not None else plan.left_out),
-        )
-        return self._drift.watch(
-            self.model,
-            self.version,
-            config,
-            plan,
-            self.counters,
-            reference=reference,
-            signature=effective.signature,
-        )
+        published = self.inspection.reference if self.inspection is not None else None
+        before = predecessor._watch if predecessor is not None else None
+        return drift_subject(self.version, effective, published, before, self.counters)
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
         counters = self.counters

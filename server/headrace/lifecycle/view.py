@@ -185,6 +185,9 @@ class AdminView(Protocol):
     def describe(self, model: str) -> Sequence[ModelDescription]:
         """By name; all when `model` is empty. Raises NotFound."""
 
+    def drift(self, model: str, version: int) -> DriftReport:
+        """Of a version, 0: of the default one. Raises NotFound; FailedPrecondition where nothing of it is watched."""
+
     async def promote(self, model: str, version: int, actor: Actor) -> None:
         """End the probation of `version` (0: the present candidate) in its favour; a version that was rolled back may be taken up again."""
 

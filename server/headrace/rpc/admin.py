@@ -14,6 +14,7 @@ from headrace.lifecycle.events import Actor, Event
 from headrace.lifecycle.view import AdminView
 from headrace.rpc.admin_messages import encode_event, encode_model, encode_source
 from headrace.rpc.control import decode
+from headrace.rpc.drift_messages import encode_report
 from headrace.rpc.peer import Peer
 from headrace.wire import messages as pb
 
@@ -57,6 +58,7 @@ class AdminService:
             "ListModels": self._reading(pb.ListModelsRequest, self.list_models),
             "DescribeModel": self._reading(pb.DescribeModelRequest, self.describe_model),
             "ListSources": self._reading(pb.ListSourcesRequest, self.list_sources),
+            "GetDrift": self.get_drift,
             "Promote": self._changing(pb.PromoteRequest, self.promote),
             "RollBack": self._changing(pb.RollBackRequest, self.roll_back),
             "SetLabel": self._changing(pb.SetLabelRequest, self.set_label),
@@ -81,6 +83,19 @@ class AdminService:
 
     def list_sources(self, request: pb.ListSourcesRequest) -> pb.ListSourcesResponse:
         return pb.ListSourcesResponse(sources=[encode_source(source) for source in self._view.sources()])
+
+    async def get_drift(self, message: bytes, peer: Peer) -> bytes:
+        self._check(peer, is_change=False)
+        request = decode(pb.GetDriftRequest, message)
+        if request.windows < 0:
+            raise InvalidRequest(f"windows: expected a number from 0, got {request.windows}")
+        report = self._view.drift(_check_model(request.model), _check_version(request.version))
+
+        def encode() -> bytes:
+            return pb.GetDriftResponse(report=encode_report(report, request.windows)).SerializeToString()
+
+        # 288 windows of 37 features are 10,000 scores to encode.
+        return await asyncio.to_thread(encode)
 
     async def watch(self, message: bytes, peer: Peer) -> AsyncGenerator[bytes, None]:
         """Kept events after the number asked for, then new ones, until the server closes or the caller goes."""

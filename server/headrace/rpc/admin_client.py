@@ -12,10 +12,12 @@ from typing import Any
 
 import grpc
 
+from headrace.drift.verdict import DriftReport
 from headrace.errors import Code, ConfigError, HeadraceError
 from headrace.lifecycle.events import Event
 from headrace.lifecycle.view import ModelDescription, SourceDescription
 from headrace.rpc.admin_messages import decode_event, decode_model, decode_source
+from headrace.rpc.drift_messages import decode_report
 from headrace.wire import messages as pb
 from headrace.wire.messages import ADMIN_SERVICE, method_classes
 
@@ -75,6 +77,10 @@ class AdminClient:
 
     def list_sources(self) -> list[SourceDescription]:
         return [decode_source(source) for source in self._call("ListSources", pb.ListSourcesRequest()).sources]
+
+    def get_drift(self, model: str, version: int = 0, windows: int = 0) -> DriftReport:
+        """`version` 0: the default one. `windows`: of its history, the latest; 0: all."""
+        return decode_report(self._call("GetDrift", pb.GetDriftRequest(model=model, version=version, windows=windows)).report)
 
     def watch_events(self, model: str, *, since: int = 0, is_following: bool) -> Iterator[tuple[Event, int]]:
         """(event, how many were lost before it). Ends when the server stops, or with what has happened so far."""

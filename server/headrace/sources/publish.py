@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any
 
 from headrace.backends.base import BackendRegistry
 from headrace.config import ModelConfig
+from headrace.drift.reference_file import FILENAME as REFERENCE_FILE
 from headrace.errors import AlreadyExists, ConfigError, LoadError
 from headrace.lifecycle.effective import resolve_model
-from headrace.model_files import load_model_config
+from headrace.model_files import load_model_config, read_reference
 from headrace.sources.base import Destination, is_version_name
 from headrace.sources.manifest import (
     CHUNK_BYTES,
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 STAGING_PREFIX = ".staging-"
 LARGEST_VERSION = 2**63 - 1
-REFERENCE_NAME = "drift.msgpack"
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def copy_artifact(order: Order, config: ModelConfig, directory: Path, staging: P
     if order.reference is not None:
         if not order.reference.is_file():
             raise ConfigError(f"--reference: expected a file, found none at {order.reference}")
-        files[REFERENCE_NAME] = order.reference
+        files[REFERENCE_FILE] = order.reference
     entries = {}
     for name, path in sorted(files.items()):
         target = staging / name
@@ -209,6 +209,7 @@ def _inspect(order: Order, config: ModelConfig, directory: Path, staging: Path, 
     """As the server will see it, configuration included. Raises LoadError where it could not be served."""
     try:
         signature = resolve_model(config, directory, staging, backends).signature
+        read_reference(staging, signature)
     except (ConfigError, LoadError) as error:
         place = f"{order.model}/{staging.name}"
         reason = str(error).replace(place, "the new version").replace(staging.name + "/", "")

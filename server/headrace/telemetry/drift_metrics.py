@@ -19,7 +19,9 @@ class DriftFamilies:
     def __init__(self) -> None:
         self._values = {side: _ValueHistogram(f"headrace_{side}_value", f"Values of an {side}'s feature.") for side in ("input", "output")}
         self._rows = Family(
-            "headrace_drift_rows_total", "counter", "Rows by feature and bin (upper edge or category; not cumulative), missing, infinite."
+            "headrace_drift_rows_total",
+            "counter",
+            "Rows by feature and bin: upper edge (not cumulative) or category, (missing), (infinite).",
         )
         self._ratio = Family("headrace_drift_reference_ratio", "gauge", "Part of the reference's rows in a bin; half a row where none is.")
         self._reference_rows = Family("headrace_drift_reference_rows", "gauge", "Rows of the reference.")
@@ -69,7 +71,7 @@ class DriftFamilies:
         layout, made = Layout(reference), Histograms(reference)
         live, shares = made.of(totals), reference_fractions(made.reference, made.real)
         for index, (each, text) in enumerate(zip(reference.features, labels, strict=True)):
-            names = (*each.labels, "missing", "infinite")
+            names = (*each.labels, "(missing)", "(infinite)")
             for name, count, share in zip(names, live[index].tolist(), shares[index].tolist(), strict=False):
                 bin_label = f"{text},{format_labels({'bin': name})}"
                 self._rows.add(bin_label, count)
@@ -126,8 +128,7 @@ class _ValueHistogram(Family):
 
     def add_bins(self, labels: str, each: FeatureReference, counts: list[int], total: float) -> None:
         cumulative = list(accumulate(counts[: len(each.counts)]))
-        bounds = (*[str(float(edge)) for edge in each.edges], "+Inf")
-        self._lines += [f'{self._name}_bucket{{{labels},le="{bound}"}} {count}' for bound, count in zip(bounds, cumulative, strict=True)]
+        self._lines += [f'{self._name}_bucket{{{labels},le="{le}"}} {count}' for le, count in zip(each.labels, cumulative, strict=True)]
         self._lines.append(f"{self._name}_count{{{labels}}} {cumulative[-1]}")
         self._lines.append(f"{self._name}_sum{{{labels}}} {total}")
 

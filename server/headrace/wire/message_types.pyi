@@ -152,6 +152,151 @@ class SetTrafficRequest(Message):
 class SetTrafficResponse(Message):
     def __init__(self) -> None: ...
 
+class GetDriftRequest(Message):
+    model: str
+    version: int
+    windows: int
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., windows: int | None = ...) -> None: ...
+
+class GetDriftResponse(Message):
+    @property
+    def report(self) -> DriftReport: ...
+    def __init__(self, *, report: DriftReport | None = ...) -> None: ...
+
+class DriftReport(Message):
+    model: str
+    version: int
+    @property
+    def reference(self) -> DriftReference: ...
+    learnt_rows: int
+    learn_rows: int
+    seen_rows: int
+    skipped_rows: int
+    dropped_rows: int
+    cpu_seconds: float
+    @property
+    def tumbling(self) -> DriftWindow: ...
+    @property
+    def sliding(self) -> DriftWindow: ...
+    @property
+    def history(self) -> RepeatedCompositeFieldContainer[DriftWindow]: ...
+    @property
+    def alerts(self) -> RepeatedCompositeFieldContainer[DriftAlert]: ...
+    @property
+    def past_alerts(self) -> RepeatedCompositeFieldContainer[DriftAlert]: ...
+    compared_rows: int
+    judged_rows: int
+    correct: float
+    correct_variance: float
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., reference: DriftReference | None = ..., learnt_rows: int | None = ..., learn_rows: int | None = ..., seen_rows: int | None = ..., skipped_rows: int | None = ..., dropped_rows: int | None = ..., cpu_seconds: float | None = ..., tumbling: DriftWindow | None = ..., sliding: DriftWindow | None = ..., history: Iterable[DriftWindow] | None = ..., alerts: Iterable[DriftAlert] | None = ..., past_alerts: Iterable[DriftAlert] | None = ..., compared_rows: int | None = ..., judged_rows: int | None = ..., correct: float | None = ..., correct_variance: float | None = ...) -> None: ...
+
+class DriftReference(Message):
+    model: str
+    source: str
+    rows: int
+    @property
+    def features(self) -> RepeatedCompositeFieldContainer[DriftFeature]: ...
+    @property
+    def left_out(self) -> RepeatedScalarFieldContainer[str]: ...
+    data_digest: str
+    digest: str
+    created: float
+    accuracy: float
+    @property
+    def calibration(self) -> DriftCalibration: ...
+    def __init__(self, *, model: str | None = ..., source: str | None = ..., rows: int | None = ..., features: Iterable[DriftFeature] | None = ..., left_out: Iterable[str] | None = ..., data_digest: str | None = ..., digest: str | None = ..., created: float | None = ..., accuracy: float | None = ..., calibration: DriftCalibration | None = ...) -> None: ...
+
+class DriftCalibration(Message):
+    tensor: str
+    @property
+    def edges(self) -> RepeatedScalarFieldContainer[float]: ...
+    @property
+    def accuracy(self) -> RepeatedScalarFieldContainer[float]: ...
+    rows: int
+    def __init__(self, *, tensor: str | None = ..., edges: Iterable[float] | None = ..., accuracy: Iterable[float] | None = ..., rows: int | None = ...) -> None: ...
+
+class DriftFeature(Message):
+    side: str
+    tensor: str
+    name: str
+    kind: str
+    extract: str
+    index: int
+    is_logits: bool
+    @property
+    def edges(self) -> RepeatedScalarFieldContainer[float]: ...
+    @property
+    def categories(self) -> RepeatedScalarFieldContainer[str]: ...
+    @property
+    def counts(self) -> RepeatedScalarFieldContainer[int]: ...
+    missing: int
+    infinite: int
+    minimum: float
+    maximum: float
+    mean: float
+    deviation: float
+    @property
+    def live(self) -> DriftLive: ...
+    slow: float
+    def __init__(self, *, side: str | None = ..., tensor: str | None = ..., name: str | None = ..., kind: str | None = ..., extract: str | None = ..., index: int | None = ..., is_logits: bool | None = ..., edges: Iterable[float] | None = ..., categories: Iterable[str] | None = ..., counts: Iterable[int] | None = ..., missing: int | None = ..., infinite: int | None = ..., minimum: float | None = ..., maximum: float | None = ..., mean: float | None = ..., deviation: float | None = ..., live: DriftLive | None = ..., slow: float | None = ...) -> None: ...
+
+class DriftLive(Message):
+    @property
+    def counts(self) -> RepeatedScalarFieldContainer[int]: ...
+    missing: int
+    infinite: int
+    below: int
+    above: int
+    off_scale: int
+    sum: float
+    squares: float
+    def __init__(self, *, counts: Iterable[int] | None = ..., missing: int | None = ..., infinite: int | None = ..., below: int | None = ..., above: int | None = ..., off_scale: int | None = ..., sum: float | None = ..., squares: float | None = ...) -> None: ...
+
+class DriftWindow(Message):
+    kind: str
+    began: float
+    ended: float
+    rows: int
+    @property
+    def scores(self) -> RepeatedCompositeFieldContainer[DriftScore]: ...
+    estimated_accuracy: float
+    estimated_error: float
+    reference_accuracy: float
+    def __init__(self, *, kind: str | None = ..., began: float | None = ..., ended: float | None = ..., rows: int | None = ..., scores: Iterable[DriftScore] | None = ..., estimated_accuracy: float | None = ..., estimated_error: float | None = ..., reference_accuracy: float | None = ...) -> None: ...
+
+class DriftScore(Message):
+    rows: int
+    psi: float
+    psi_critical: float
+    js: float
+    js_critical: float
+    ks: float
+    ks_critical: float
+    wasserstein: float
+    chi2: float
+    chi2_critical: float
+    p_value: float
+    missing_rate: float
+    infinite_rate: float
+    is_drifting: bool
+    def __init__(self, *, rows: int | None = ..., psi: float | None = ..., psi_critical: float | None = ..., js: float | None = ..., js_critical: float | None = ..., ks: float | None = ..., ks_critical: float | None = ..., wasserstein: float | None = ..., chi2: float | None = ..., chi2_critical: float | None = ..., p_value: float | None = ..., missing_rate: float | None = ..., infinite_rate: float | None = ..., is_drifting: bool | None = ...) -> None: ...
+
+class DriftAlert(Message):
+    at: float
+    model: str
+    version: int
+    kind: str
+    feature: str
+    side: str
+    is_raised: bool
+    statistic: str
+    value: float
+    critical: float
+    rows: int
+    seconds: float
+    text: str
+    def __init__(self, *, at: float | None = ..., model: str | None = ..., version: int | None = ..., kind: str | None = ..., feature: str | None = ..., side: str | None = ..., is_raised: bool | None = ..., statistic: str | None = ..., value: float | None = ..., critical: float | None = ..., rows: int | None = ..., seconds: float | None = ..., text: str | None = ...) -> None: ...
+
 class HealthCheckRequest(Message):
     service: str
     def __init__(self, *, service: str | None = ...) -> None: ...

@@ -3,11 +3,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from headrace.config import DriftConfig, ModelConfig, TensorConfig
-from headrace.drift.building import ReferenceBuilder, from_counts
+from headrace.drift.building import ReferenceBuilder, cut, from_counts
 from headrace.drift.counting import QUALITY, BatchCounter, Layout
-from headrace.drift.features import Kind
-from headrace.drift.plan import choose
-from headrace.drift.reference import Reference
+from headrace.drift.features import Extract, Feature, Kind, Side
+from headrace.drift.plan import choose, settle
+from headrace.drift.reference import FeatureReference, Reference
 from headrace.drift.reference_file import check_fits, decode, encode
 from headrace.errors import ConfigError, LoadError
 from headrace.signature import DataType, Signature, TensorSpec
@@ -160,15 +160,17 @@ def test_what_is_no_reference_is_refused(data: bytes) -> None:
         decode(data)
 
 
-def test_a_damaged_reference_is_refused_or_still_one(reference: Reference) -> None:
-    data = bytearray(encode(reference))
+def test_a_damaged_reference_is_refused_or_can_be_counted_with(reference: Reference) -> None:
+    data, rows = bytearray(encode(reference)), batch(3)
     for position in RANDOM.integers(0, len(data), 400):
         changed = data.copy()
         changed[position] ^= 1 << int(RANDOM.integers(8))
         try:
-            check_fits(decode(bytes(changed)), SIGNATURE)
+            decoded = decode(bytes(changed))
+            check_fits(decoded, SIGNATURE)
         except LoadError:
-            pass
+            continue
+        BatchCounter(decoded).count(*rows)
 
 
 def test_a_reference_of_another_model_is_refused(reference: Reference) -> None:
@@ -184,3 +186,59 @@ def test_live_counts_are_a_reference_for_the_next_version(reference: Reference) 
     assert made.features[0].edges == reference.features[0].edges
     assert made.features[0].mean == pytest.approx(1.0, abs=0.2)
     assert sum(made.features[0].counts) == 500
+
+
+@pytest.mark.parametrize(
+    ("shape", "extract", "index"),
+    [
+        ((-1, 3, 16, 16), Extract.MEAN, 3),
+        ((-1, 4), Extract.MEAN, 5),
+        ((-1, 4), Extract.COLUMN, 4),
+        ((-1, -1), Extract.COLUMN, 7),
+        ((-1, -1), Extract.PROJECTION, 0),
+        ((-1, 4), Extract.CONFIDENCE, -1),
+    ],
+)
+def test_a_feature_that_rows_do_not_have_is_refused(shape: tuple[int, ...], extract: Extract, index: int) -> None:
+    feature = FeatureReference(Feature(Side.INPUT, "x", "f", Kind.NUMERIC, extract, index), (0.0,), (), (1, 1))
+    signature = Signature("m", (TensorSpec("x", DataType.FP32, shape),), (), 8)
+    with pytest.raises(LoadError, match=r"input feature 'x\.f': "):
+        check_fits(Reference("m", "profile", 2, (feature,)), signature)
+
+
+def test_an_input_and_an_output_of_one_name_are_two_tensors() -> None:
+    signature = Signature("m", (TensorSpec("x", DataType.BYTES, (-1, 1)),), (TensorSpec("x", DataType.FP32, (-1, 4)),), 8)
+    feature = Feature(Side.OUTPUT, "x", "3", Kind.NUMERIC, Extract.COLUMN, 3)
+    check_fits(Reference("m", "profile", 2, (FeatureReference(feature, (0.0,), (), (1, 1)),)), signature)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.85, 0.95, 0.99])
+def test_values_that_pile_up_at_the_end_have_a_range_to_themselves(share: float) -> None:
+    """A confidence that saturates: fewer of them is what has to be seen."""
+    values = np.where(RANDOM.random(10_000) < share, 1.0, RANDOM.uniform(0.5, 1, 10_000)).astype(np.float32)
+    edges = cut(values, 10, values.dtype)
+    assert np.searchsorted(edges, [1.0])[0] == len(edges)
+    assert (values > edges[-1]).sum() == (values == 1.0).sum()
+    assert len(edges) <= 11
+
+
+def test_edges_divide_values_evenly() -> None:
+    edges = cut(RANDOM.normal(size=10_000), 10, np.dtype(np.float64))
+    assert len(edges) == 9
+    assert edges[4] == pytest.approx(0.0, abs=0.05)
+
+
+def test_every_bin_has_a_name_of_its_own() -> None:
+    builder = ReferenceBuilder("m", choose(Signature("m", (TensorSpec("x", DataType.FP32, (-1, 1)),), (), 8), ModelConfig("m")), bins=10)
+    builder.add({"x": np.full((100, 1), 7, np.float32)}, {}, 100)
+    labels = builder.build("profile").features[0].labels
+    assert len(set(labels)) == len(labels) == 3
+
+
+def test_one_row_that_adds_up_to_1_does_not_make_classes() -> None:
+    plan = choose(SIGNATURE, ModelConfig("m"))
+    one = settle(plan, {"scores": np.array([[0, 1, 0]], np.float32)})
+    assert one.undecided == plan.undecided
+    many = RANDOM.dirichlet(np.ones(3), 40).astype(np.float32)
+    many[0] = np.nan
+    assert [each.name for each in settle(plan, {"scores": many}).features][-1] == "margin"

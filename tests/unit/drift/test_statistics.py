@@ -8,6 +8,7 @@ from headrace.drift import statistics
 from headrace.drift.distributions import binomial_sf, chi2_isf, chi2_sf, normal_isf
 from headrace.drift.sequential import log_gamma
 from scipy import spatial, stats
+from scipy.special import gammaln
 
 RANDOM = np.random.default_rng(5)
 LIVE = np.array([30, 45, 25, 60, 40])
@@ -30,8 +31,6 @@ def test_binomial_and_normal_tails_are_scipys() -> None:
 
 
 def test_log_gamma_is_scipys() -> None:
-    from scipy.special import gammaln
-
     x = np.logspace(-4, 7, 500)
     np.testing.assert_allclose(log_gamma(x), gammaln(x), rtol=1e-10, atol=1e-10)
 

@@ -10,9 +10,11 @@ from headrace.errors import FailedPrecondition, Forbidden, InvalidRequest, NotFo
 from headrace.lifecycle.events import Event
 from headrace.rpc.admin import HISTORY, MAX_REASON, MAX_WAITING, AdminService, refusal
 from headrace.rpc.admin_messages import decode_event, decode_model, decode_source
+from headrace.rpc.drift_messages import decode_report
 from headrace.rpc.peer import Peer
 from headrace.wire import messages as pb
 from headrace.wire.messages import ADMIN_SERVICE, method_classes
+from watched_versions import DRIFTED, report
 
 LOCAL = Peer("127.0.0.1:5", is_local=True)
 REMOTE = Peer("10.0.0.7:5", is_local=False)
@@ -72,6 +74,19 @@ async def test_an_unknown_model_is_not_found_and_none_is_no_model() -> None:
 async def test_sources_come_with_what_is_wrong_with_them() -> None:
     service, view = admin()
     assert [decode_source(source) for source in (await ask(service, "ListSources")).sources] == view.sources()
+
+
+async def test_drift_comes_with_as_many_windows_as_are_asked_for() -> None:
+    service, view = admin()
+    view.reports["digits", 3] = given = report(DRIFTED)
+    found = decode_report((await ask(service, "GetDrift", REMOTE, model="digits", version=3, windows=2)).report)
+    assert (found.reference, found.alerts, found.history) == (given.reference, given.alerts, given.history[-2:])
+    with pytest.raises(FailedPrecondition, match="version 4 of 'digits' is not watched"):
+        await ask(service, "GetDrift", model="digits", version=4)
+    with pytest.raises(InvalidRequest, match="windows: expected a number from 0, got -1"):
+        await ask(service, "GetDrift", model="digits", windows=-1)
+    with pytest.raises(InvalidRequest, match="model: expected a name"):
+        await ask(service, "GetDrift")
 
 
 async def test_garbage_is_the_callers_fault() -> None:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from cryptography.hazmat.primitives.serialization import BestAvailableEncryption
 from headrace import cli
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.config import SourceConfig
+from headrace.drift.features import Extract, Feature, Kind, Side
+from headrace.drift.reference import FeatureReference, Reference
+from headrace.drift.reference_file import encode
 from headrace.errors import AlreadyExists, ConfigError, LoadError
 from headrace.model_files import load_model_config
 from headrace.sources import publish as module
@@ -197,9 +201,18 @@ def test_a_drift_reference_travels_with_the_version_and_is_verified_with_it(arti
     with pytest.raises(ConfigError, match="--reference: expected a file, found none at"):
         publish_digits(artifact, repository, reference=reference)
     reference.write_bytes(b"bins")
+    with pytest.raises(LoadError, match=r"was not published: drift\.msgpack: expected msgpack"):
+        publish_digits(artifact, repository, reference=reference)
+    feature = Feature(Side.INPUT, "picture", "mean", Kind.NUMERIC, Extract.MEAN)
+    counted = FeatureReference(feature, (0.5,), (), (3, 4))
+    reference.write_bytes(encode(Reference("digits", "profile", 7, (counted,))))
+    with pytest.raises(LoadError, match="input 'picture' is not in model 'digits', which has x: it was made for another model"):
+        publish_digits(artifact, repository, reference=reference)
+    reference.write_bytes(encode(Reference("digits", "profile", 7, (replace(counted, feature=replace(feature, tensor="x")),))))
     published = publish_digits(artifact, repository, reference=reference)
-    assert (Path(published.location) / "drift.msgpack").read_bytes() == b"bins"
-    (Path(published.location) / "drift.msgpack").write_bytes(b"sins")
+    there = Path(published.location) / "drift.msgpack"
+    assert there.read_bytes() == reference.read_bytes()
+    there.write_bytes(there.read_bytes()[:-1] + b"!")
     with pytest.raises(LoadError, match=r"drift\.msgpack: expected sha256"):
         verify(repository / "digits", Path(published.location))
 
