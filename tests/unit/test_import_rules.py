@@ -92,9 +92,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.profiling"),
     ("headrace.app",),
-    ("headrace.testing", "headrace.cli", "headrace.cli_bench", "headrace.cli_models", "headrace.cli_tables"),
+    (
+        "headrace.testing",
+        "headrace.cli",
+        "headrace.cli_bench",
+        "headrace.cli_drift",
+        "headrace.cli_drift_tables",
+        "headrace.cli_local",
+        "headrace.cli_models",
+        "headrace.cli_tables",
+    ),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
@@ -107,6 +116,7 @@ PURE = (
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
+    "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

@@ -51,10 +51,10 @@ def profile(
     run = _run_rows if effective.signature.is_batching else _run_one_by_one
     with _loaded(subject, backends) as backend:
         for chunk in chunks:
-            inputs = to_inputs(chunk, effective.signature, effective.config, subject.label)
+            inputs = to_inputs(chunk, effective.signature, effective.config, subject.label, builder.rows)
             rows = len(next(iter(inputs.values())))
             outputs = run(backend, effective, inputs, rows)
-            truth = _truth(subject, chunk)
+            truth = _truth(subject, chunk, builder.rows)
             builder.add(_floats(effective, inputs), _floats(effective, outputs), rows, truth)
             tell(builder.rows)
     if not builder.rows:
@@ -111,10 +111,10 @@ def _floats(effective: EffectiveModel, arrays: Mapping[str, Array]) -> dict[str,
     return {name: as_numbers(array, is_bf16=True) if name in bf16 else array for name, array in arrays.items()}
 
 
-def _truth(subject: Subject, chunk: Chunk) -> Array | None:
+def _truth(subject: Subject, chunk: Chunk, first: int) -> Array | None:
     if not subject.label:
         return None
     if subject.label not in chunk:
         raise ConfigError(f"label '{subject.label}': not in the data, which has {', '.join(sorted(chunk)) or 'no names'}")
     labels = next(iter(subject.effective.labels.values()), ())
-    return to_classes(chunk[subject.label], labels, subject.label)
+    return to_classes(chunk[subject.label], labels, subject.label, first)
