@@ -121,7 +121,7 @@ class Server:
         if config.drift_webhooks:
             self.webhooks = Webhooks(config.drift_webhooks, config.drift_webhook_secret, f"//{socket.gethostname()}/headrace")
             self.webhooks.start()
-            self.drift.subscribe(self.webhooks.alert)
+            self.drift.subscribe(self.webhooks.alerts)
             self.models.event_log.subscribe(self.webhooks.lifecycle)
 
     def _look_now(self) -> None:
