@@ -6,6 +6,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Sequence
 
+from headrace.drift.ranking import worst_first
 from headrace.drift.verdict import Alert
 from headrace.drift.watch import DriftWatch, Subject
 from headrace.telemetry.log import get_logger
@@ -47,8 +48,8 @@ class DriftMonitors:
         self._watches = tuple([each for each in self._watches if each is not watch])
 
     def subscribe(self, callback: Told) -> Callable[[], None]:
-        """Have `callback` called on the event loop with what a window of a version raises, and with what is over by it. Returns the call that
-        ends it."""
+        """Have `callback` called on the event loop with what a window of a version raises, and with what is over by it. Returns the call
+        that ends it."""
         self._subscribers.append(callback)
 
         def unsubscribe() -> None:
@@ -85,7 +86,7 @@ class DriftMonitors:
             some = [alert for alert in news if alert.is_raised is is_raised]
             if some:
                 # One line a window, however many features: what is worst comes first.
-                texts = [alert.text for alert in sorted(some, key=lambda alert: -abs(alert.value / (alert.critical or 1.0)))]
+                texts = [alert.text for alert in worst_first(some)]
                 shown = {"model": some[0].model, "version": some[0].version, "rows": some[0].rows, "alerts": texts}
                 (log.warning if is_raised else log.info)("drift found" if is_raised else "drift over", **shown)
                 try:
