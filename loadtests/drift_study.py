@@ -102,7 +102,13 @@ def tasks_of(settings: Settings) -> list[Task]:
 
 
 def run(settings: Settings, processes: int, progress: Callable[[int, int], None]) -> Study:
+    """`processes` 1: in this one."""
     tasks, results = tasks_of(settings), []
+    if processes == 1:
+        for task in tasks:
+            results.append(_work(settings.pool, task.work, task.arguments))
+            progress(len(results), len(tasks))
+        return gather(list(zip([task.group for task in tasks], results, strict=True)))
     # Not forked: a fork of a process with threads is no longer taken for safe. One thread of linear algebra each; they read it at import.
     os.environ.update(dict.fromkeys(("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"), "1"))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

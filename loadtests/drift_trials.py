@@ -41,7 +41,7 @@ def usual_psi(live: Array, reference: Array, real: Array) -> Array:
     p = np.maximum(live / np.maximum(live.sum(axis=-1, keepdims=True), 1), USUAL_ZERO)
     q = np.maximum(reference / np.maximum(reference.sum(axis=-1, keepdims=True), 1), USUAL_ZERO)
     # A bin that holds nothing in either adds nothing: both are the same small number.
-    return np.where(real, (p - q) * np.log(p / q), 0.0).sum(axis=-1)
+    return np.asarray(np.where(real, (p - q) * np.log(p / q), 0.0).sum(axis=-1))
 
 
 class Judged(NamedTuple):
