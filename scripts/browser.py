@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import itertools
+import re
 import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -32,11 +32,11 @@ class Page:
     def __repr__(self) -> str:
         return f"Page({len(self.problems)} problems)"
 
-    async def call(self, method: str, **parameters: Any) -> dict[str, Any]:
+    async def call(self, method: str, patience: float = _PATIENCE, **parameters: Any) -> dict[str, Any]:
         """Raises RuntimeError with what the browser says against it."""
         number = next(self._numbers)
         await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        async with asyncio.timeout(_PATIENCE):
+        async with asyncio.timeout(patience):
             while True:
                 message = await self._socket.receive_json()
                 if message.get("id") == number:
@@ -59,21 +59,27 @@ class Page:
             await self.call(f"{domain}.enable")
         await self.call("Page.navigate", url=url)
 
-    async def evaluate(self, expression: str) -> Any:
+    async def evaluate(self, expression: str, patience: float = _PATIENCE) -> Any:
         """The value of a JavaScript expression; of a promise what it resolves to."""
-        answer = await self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        answer = await self.call("Runtime.evaluate", patience, expression=expression, awaitPromise=True, returnByValue=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{expression}: {answer['exceptionDetails'].get('exception', {}).get('description')}")
         return answer["result"].get("value")
 
     async def until(self, expression: str, seconds: float = 60.0) -> Any:
         """The value of the expression once it is true. Raises TimeoutError that says what the page shows instead."""
-        try:
-            async with asyncio.timeout(seconds):
-                while not (value := await self.evaluate(expression)):
-                    await asyncio.sleep(0.05)
-        except TimeoutError:
-            raise TimeoutError(f"not within {seconds:g} s: {expression}; the page: {await self.evaluate('document.body.innerText')!r}") from None
+        looking = f"""new Promise((found, fail) => {{
+          const end = performance.now() + {seconds * 1000};
+          const look = () => {{
+            const value = ({expression});
+            if (value) found(value); else if (performance.now() > end) found(null); else setTimeout(look, 50);
+          }};
+          look();
+        }})"""
+        value = await self.evaluate(looking, seconds + _PATIENCE)
+        if not value:
+            shown = await self.evaluate("document.body.innerText")
+            raise TimeoutError(f"not within {seconds:g} s: {expression}; the page: {shown!r}; its problems: {self.problems}")
         return value
 
     async def resize(self, width: int, height: int, *, is_dark: bool = False) -> None:
@@ -93,15 +99,18 @@ async def open_browser(url: str) -> AsyncIterator[Page]:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         process = await asyncio.create_subprocess_exec(
             CHROMIUM, *_FLAGS, f"--user-data-dir={profile}", "--remote-debugging-port=0", "about:blank",
-            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.PIPE,
         )  # fmt: skip
+        assert process.stderr is not None
+        reading: asyncio.Task[None] | None = None
         try:
-            port = await _port(Path(profile) / "DevToolsActivePort", process)
-            async with aiohttp.ClientSession(f"http://127.0.0.1:{port}") as client:
+            address = await _address(process.stderr)
+            reading = asyncio.create_task(_read_on(process.stderr))
+            async with aiohttp.ClientSession(f"http://{address}") as client:
                 async with client.get("/json/list") as answer:
                     targets = await answer.json()
-                address = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
-                async with client.ws_connect(address, max_msg_size=0) as socket:
+                socket_address = next(target["webSocketDebuggerUrl"] for target in targets if target["type"] == "page")
+                async with client.ws_connect(socket_address, max_msg_size=0) as socket:
                     page = Page(socket)
                     await page.open(url)
                     yield page
@@ -114,13 +123,23 @@ async def open_browser(url: str) -> AsyncIterator[Page]:
                 except TimeoutError:
                     process.kill()
                     await process.wait()
+            if reading is not None:
+                await reading
 
 
-async def _port(file: Path, process: asyncio.subprocess.Process) -> int:
-    """Chromium writes it when it listens."""
+async def _address(errors: asyncio.StreamReader) -> str:
+    """HOST:PORT, which Chromium writes when it listens."""
+    said = []
     async with asyncio.timeout(_PATIENCE):
-        while not file.exists() or not file.read_text():
-            if process.returncode is not None:
-                raise RuntimeError(f"{CHROMIUM} ended with {process.returncode}")
-            await asyncio.sleep(0.05)
-    return int(file.read_text().splitlines()[0])
+        async for line in errors:
+            said.append(line.decode(errors="replace"))
+            found = re.search(r"DevTools listening on ws://([^/]+)/", said[-1])
+            if found:
+                return found[1]
+    raise RuntimeError(f"{CHROMIUM} ended: {''.join(said[-5:])}")
+
+
+async def _read_on(errors: asyncio.StreamReader) -> None:
+    """What nobody reads would fill the pipe, and the browser would wait."""
+    async for _ in errors:
+        pass

@@ -16,11 +16,12 @@ from headrace.telemetry.metrics import MetricsRegistry
 _ENDPOINTS = """\
 Headrace
 
-/          in a browser: models, versions, throughput and drift, live
 /metrics   Prometheus metrics: plain text or OpenMetrics
 /livez     200 while the process runs
 /readyz    200 when every wanted model is live, else 503 and what is missing
 """
+
+_PAGE = "/          in a browser: models, versions, throughput and drift, live\n"
 
 _STOP_SECONDS = 1.0
 """For answers under way when the server stops. Idle connections of scrapers and probes are closed at once."""
@@ -92,7 +93,7 @@ class HttpServer:
         # Browsers ask for HTML; curl and probes do not, and read the text.
         if self._dashboard is not None and "text/html" in request.headers.get("Accept", ""):
             return self._dashboard.answer_page()
-        return web.Response(text=_ENDPOINTS, headers={"Vary": "Accept"})
+        return web.Response(text=_ENDPOINTS + (_PAGE if self._dashboard is not None else ""), headers={"Vary": "Accept"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         body, content_type = await self._registry.scrape(request.headers.get("Accept", ""))

@@ -22,11 +22,11 @@ function round(number) {
   return Math.round(number * 10) / 10;
 }
 
-/** The next number that reads well: 1, 2 or 5 times a power of ten. */
+/** The next number that reads well, and its half too. */
 export function nice(number) {
   if (!(number > 0)) return 1;
   const power = 10 ** Math.floor(Math.log10(number));
-  return [1, 2, 5, 10].map((step) => step * power).find((step) => step >= number * 0.999);
+  return [1, 2, 3, 4, 5, 6, 8, 10].map((step) => step * power).find((step) => step >= number * 0.999);
 }
 
 function yAxis(left, right, top, floor, largest, write) {
@@ -45,6 +45,8 @@ export function overTime(points, { width, height, now, seconds, names, label, un
   const kept = points.filter((point) => now - point.clock <= seconds);
   const paths = names.map((name) => {
     const path = kept.map((point, index) => `${index ? "L" : "M"}${round(x(point.clock))} ${round(y(point[name]))}`).join("");
+    // A line along the axis would only look like one.
+    if (!kept.some((point) => point[name] > 0) && name !== names[0]) return null;
     if (!kept.length) return null;
     const area = `${path}L${round(x(kept.at(-1).clock))} ${floor}L${round(x(kept[0].clock))} ${floor}Z`;
     return [svg("path", { class: `area ${name}`, d: area }), svg("path", { class: `path ${name}`, d: path })];
@@ -60,7 +62,7 @@ export function overTime(points, { width, height, now, seconds, names, label, un
 
 /** `rows`: {name, p50, p99} in seconds, or null. On a logarithmic axis, as stages differ by powers of ten. */
 export function latencies(rows, { width }) {
-  const [left, right, step, top] = [64, width - 118, 26, 8];
+  const [left, right, step, top] = [56, width - 124, 30, 22];
   const seen = rows.flatMap((row) => [row.p50, row.p99]).filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...seen, 1e-3)));
   const high = Math.max(Math.ceil(Math.log10(Math.max(...seen, 1e-3)) - 1e-9), low + 2);
@@ -86,13 +88,13 @@ export function latencies(rows, { width }) {
   });
   const sentence = rows.map((row) => `${row.name}: p50 ${format.duration(row.p50)}, p99 ${format.duration(row.p99)}`).join("; ");
   return frame(width, floor + FOOT, sentence, ticks, marks, [
-    text(width - 62, floor + 15, "end", "p50"),
-    text(width - 4, floor + 15, "end", "p99"),
+    text(width - 62, top - 8, "end", "p50"),
+    text(width - 4, top - 8, "end", "p99"),
   ]);
 }
 
 /** `parts` of a whole, one bar a label. */
-export function bars(labels, parts, { width, height, sentence, title }) {
+export function bars(labels, parts, { width, height, sentence }) {
   const [left, right, floor] = [44, width - 8, height - FOOT];
   const largest = scaleOf(parts);
   const step = (right - left) / labels.length;
@@ -100,7 +102,7 @@ export function bars(labels, parts, { width, height, sentence, title }) {
   return frame(width, height, sentence, yAxis(left, right, TOP, floor, largest, whole), labels.map((label, index) => [
     bar(left + (index + 0.14) * step, floor, 0.72 * step, (parts[index] / largest) * (floor - TOP), "live", `${label}: ${format.percent(parts[index])}`),
     index % skip ? null : text(left + (index + 0.5) * step, height - 5, "middle", label),
-  ]), text(0, 0, "start", title ?? ""));
+  ]));
 }
 
 function bar(x, floor, width, size, kind, title) {
@@ -196,7 +198,7 @@ export function shade(excess) {
 }
 
 /** A cell a window, the newest at the right. */
-export function strip(history, critical, most = 24) {
+export function strip(history, critical, most = 16) {
   const cells = history.slice(-most);
   const shift = (most - cells.length) * 5;
   return svg("svg", { class: "strip", viewBox: `0 0 ${most * 5} 14`, width: most * 5, height: 14, "aria-hidden": "true" }, cells.map((psi, index) =>
@@ -205,7 +207,7 @@ export function strip(history, critical, most = 24) {
 
 /** A bar as long as the excess, on a logarithmic scale with chance in the middle. */
 export function excessBar(excess) {
-  const [width, most] = [84, 100];
+  const [width, most] = [64, 100];
   const part = (value) => Math.min(Math.max(Math.log10(Math.max(value, 1 / most) * most) / (2 * Math.log10(most)), 0), 1);
   return svg("svg", { class: "excess", viewBox: `0 0 ${width} 14`, width, height: 14, "aria-hidden": "true" }, [
     svg("rect", { class: "track", x: 0, y: 4, width, height: 6, rx: 3 }),

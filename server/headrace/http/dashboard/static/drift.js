@@ -34,7 +34,7 @@ function verdict(drift, at) {
   const shift = window.accuracy !== null && window.accuracy >= 0 && drift.reference.accuracy >= 0 ? window.accuracy - drift.reference.accuracy : null;
   return h("div", { class: "verdict" },
     fact(isBad ? "bad" : "good", drift.drifting ? `${drift.drifting} of ${drift.features}` : isBad ? "Alert" : "None", drift.drifting ? "features drift" : isBad ? "is still raised" : `of ${drift.features} features drifts`),
-    fact("", window.excess === null ? format.NONE : `${format.score(window.excess)}×`, "worst PSI ÷ what chance allows"),
+    fact("", window.excess === null ? format.NONE : `${format.times(window.excess)}×`, "worst PSI ÷ what chance allows"),
     window.accuracy !== null && window.accuracy >= 0 ? fact(shift !== null && shift < -0.05 ? "bad" : "", format.percent(window.accuracy), `estimated accuracy${drift.reference.accuracy >= 0 ? `, reference ${format.percent(drift.reference.accuracy)}` : ""}`) : null,
     fact("", format.count(window.rows), `rows in the latest window, ended ${format.age(at - window.ended)} ago`));
 }
@@ -62,13 +62,13 @@ function compared(drift, detail, picked, width) {
 
 function table(detail, feature) {
   return h("div", { class: "features", tabindex: "0", role: "region", "aria-label": "Features, the worst first" }, h("table", null,
-    h("thead", null, h("tr", null, ["Feature", "PSI", "by chance", "× chance", "Windows"].map((name) => h("th", { scope: "col" }, name)))),
-    h("tbody", null, detail.features.map((each) => h("tr", { "data-key": each.key, class: each.is_raised ? "bad" : null, "aria-selected": each === feature ? "true" : null },
+    h("thead", null, h("tr", null, ["Feature", "× chance", "PSI", "by chance", "Windows"].map((name) => h("th", { scope: "col" }, name)))),
+    h("tbody", null, detail.features.map((each) => h("tr", { "data-key": each.key, class: `${each.is_raised ? "bad" : ""} ${each === feature ? "picked" : ""}`.trim() },
       h("th", { scope: "row" }, h("button", { type: "button", "data-feature": each.key, "aria-pressed": each === feature ? "true" : "false" }, each.title),
         h("span", { class: "side" }, each.side)),
+      h("td", { class: "times" }, charts.excessBar(each.excess), h("span", null, format.times(each.excess))),
       h("td", null, format.score(each.psi)),
       h("td", { class: "quiet" }, format.score(each.psi_critical)),
-      h("td", { class: "times" }, charts.excessBar(each.excess), h("span", null, each.excess === null ? format.NONE : each.excess >= 9.95 ? format.count(each.excess) : each.excess.toFixed(1))),
       h("td", null, charts.strip(each.history, each.psi_critical)))))));
 }
 

@@ -45,7 +45,7 @@ export function duration(seconds) {
 export function age(seconds) {
   const s = Math.max(Math.round(seconds), 0);
   if (s < 60) return `${s} s`;
-  if (s < 3600) return `${Math.floor(s / 60)} min ${s % 60} s`;
+  if (s < 3600) return `${Math.floor(s / 60)} min${s % 60 ? ` ${s % 60} s` : ""}`;
   if (s < 86400) return `${Math.floor(s / 3600)} h ${Math.floor((s % 3600) / 60)} min`;
   return `${Math.floor(s / 86400)} d ${Math.floor((s % 86400) / 3600)} h`;
 }
@@ -68,4 +68,10 @@ export function when(at) {
 
 export function plural(number, noun) {
   return `${count(number)} ${noun}${number === 1 ? "" : "s"}`;
+}
+
+/** How many times of something. */
+export function times(number) {
+  if (number === null || number === undefined) return NONE;
+  return number >= 9.95 ? count(number) : number.toFixed(number < 0.995 ? 2 : 1);
 }
