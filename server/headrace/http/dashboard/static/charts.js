@@ -62,7 +62,7 @@ export function overTime(points, { width, height, now, seconds, names, label, un
 
 /** `rows`: {name, p50, p99} in seconds, or null. On a logarithmic axis, as stages differ by powers of ten. */
 export function latencies(rows, { width }) {
-  const [left, right, step, top] = [56, width - 124, 30, 22];
+  const [left, right, step, top] = [62, width - 124, 30, 22];
   const seen = rows.flatMap((row) => [row.p50, row.p99]).filter((value) => value > 0);
   const low = Math.floor(Math.log10(Math.min(...seen, 1e-3)));
   const high = Math.max(Math.ceil(Math.log10(Math.max(...seen, 1e-3)) - 1e-9), low + 2);
@@ -198,7 +198,7 @@ export function shade(excess) {
 }
 
 /** A cell a window, the newest at the right. */
-export function strip(history, critical, most = 16) {
+export function strip(history, critical, most = 12) {
   const cells = history.slice(-most);
   const shift = (most - cells.length) * 5;
   return svg("svg", { class: "strip", viewBox: `0 0 ${most * 5} 14`, width: most * 5, height: 14, "aria-hidden": "true" }, cells.map((psi, index) =>

@@ -56,7 +56,7 @@ function compared(drift, detail, picked, width) {
   const feature = detail.features.find((each) => each.key === picked) ?? detail.features[0];
   // As the style sheet has it.
   const isWide = matchMedia("(min-width: 1240px)").matches;
-  const half = isWide ? Math.floor((width - 20) * 0.46) : width;
+  const half = isWide ? Math.floor((width - 20) * 0.43) : width;
   return h("div", { class: "compared" }, table(detail, feature), chosen(detail, feature, half));
 }
 
@@ -86,7 +86,7 @@ function chosen(detail, feature, width) {
     accuracies.some((value) => value !== null) ? [h("h5", null, "Estimated accuracy over windows, without labels"),
       charts.overWindows(accuracies, last.reference_accuracy, detail.windows, { width, height: 110, label: "Estimated accuracy", limitName: "reference", isPart: true })] : null,
     h("p", { class: "foot" }, [`p ${feature.p_value !== null && feature.p_value < 1e-4 ? "< 0.0001" : feature.p_value?.toPrecision(2)}`, ...numbers.map(([name, value]) => `${name} ${format.score(value)}`),
-      feature.slow ? `slow drift ${format.percent(feature.slow, 0)} of an alarm` : ""].filter(Boolean).join(" · ")),
+      feature.slow >= 0.005 ? `slow drift ${format.percent(feature.slow, 0)} of an alarm` : ""].filter(Boolean).join(" · ")),
     h("p", { class: "foot quality" }, quality.length ? `Rows since it is live: ${quality.join(", ")}.` : "No row had a missing, infinite or unseen value or one outside the reference’s range."));
 }
 

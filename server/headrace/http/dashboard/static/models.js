@@ -134,9 +134,9 @@ export function throughput(state, rates, model, version, width) {
   const failed = Object.entries(version.counters.failures).filter(([, count]) => count).map(([reason, count]) => `${format.count(count)} ${reason}`);
   return card("Throughput", `last ${WINDOW} s`, "",
     h("p", { class: "figures" },
-      figure(recent ? format.rate(recent.requests) : format.NONE, "requests/s", "key requests"),
+      figure(recent ? format.rate(recent.requests) : format.NONE, "req/s", "key requests"),
       figure(recent ? format.rate(recent.rows) : format.NONE, "rows/s"),
-      figure(recent ? format.rate(recent.failures) : format.NONE, "failures/s", recent?.failures > 0 ? "key failures bad" : "key failures")),
+      figure(recent ? format.rate(recent.failures) : format.NONE, "failed/s", recent?.failures > 0 ? "key failures bad" : "key failures")),
     charts.overTime(history, { width, height: 150, now: state.server.clock, seconds: SHOWN, names: ["requests", "failures"], label: "Throughput", unit: "requests/s" }),
     h("p", { class: "foot" }, `${format.count(version.counters.success)} answered since it was loaded, ${failed.length ? `failed: ${failed.join(", ")}` : "none failed"}; ${format.plural(version.waiting_rows, "row")} waiting.`));
 }
