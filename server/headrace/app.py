@@ -19,6 +19,7 @@ from headrace.batching.event_loop import LoopSchedule, LoopTimer
 from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
+from headrace.http.dashboard import Dashboard
 from headrace.http.server import HttpServer
 from headrace.lifecycle.admin import Admin
 from headrace.lifecycle.control import ExplicitControl
@@ -110,7 +111,15 @@ class Server:
                 registry.register(WebhookCollector(self.webhooks))
             if self.tracing is not None:
                 registry.register(TracingCollector(self.tracing))
-            self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
+            shows_events = self.config.admin != "off"
+            self.http = HttpServer(
+                self.config.http,
+                self.models,
+                registry,
+                webhook_secret=self.config.webhook_secret,
+                hint=self._look_now,
+                dashboard=Dashboard(self.models, self.admin, shows_events=shows_events) if self.config.dashboard else None,
+            )
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))

@@ -121,6 +121,9 @@ class ServerConfig:
     webhook_secret: str = _option(
         "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
     )
+    dashboard: bool = _option(
+        True, "A page for browsers at the root of the http listener: it shows what metrics and admin show, and changes nothing."
+    )
     drift: bool = _option(True, "Watch models for drift, as the [drift] of each says; off: none of them.")
     drift_webhooks: tuple[str, ...] = _option(
         (), "URLs that get each drift alert, promotion, rollback and failed load as a CloudEvent (docs/drift/act.md)."
