@@ -16,6 +16,7 @@ import uvloop
 
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
+from headrace.capture.captures import Captures
 from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
@@ -38,6 +39,7 @@ from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
+from headrace.telemetry.capture_metrics import CaptureCollector
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
@@ -68,6 +70,7 @@ class Server:
             for backend in backends.values():
                 backend.share_threads(config.shared_threads)
         self.drift = DriftMonitors(loop)
+        self.captures = _make_captures(config) if config.capture else None
         self.models = ModelManager(
             backends,
             lambda: LoopTimer(loop),
@@ -75,6 +78,7 @@ class Server:
             load_concurrency=config.load_threads,
             records=records,
             drift=self.drift if config.drift else None,
+            attachments=[self.captures] if self.captures is not None else [],
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
@@ -102,6 +106,8 @@ class Server:
             self.access_log.start()
         if self.tracing is not None:
             self.tracing.start()
+        if self.captures is not None:
+            await asyncio.to_thread(self.captures.start)
         self._start_webhooks()
         if self.config.http:
             registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
@@ -110,6 +116,8 @@ class Server:
                 registry.register(WebhookCollector(self.webhooks))
             if self.tracing is not None:
                 registry.register(TracingCollector(self.tracing))
+            if self.captures is not None:
+                registry.register(CaptureCollector(self.captures))
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
@@ -194,6 +202,8 @@ class Server:
             await self.webhooks.stop()
         for source in self.sources:
             await source.close()
+        if self.captures is not None:
+            await asyncio.to_thread(self.captures.stop)
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.stop)
         if self.access_log is not None:
@@ -201,6 +211,15 @@ class Server:
         if self.audit_log is not None:
             await asyncio.to_thread(self.audit_log.stop)
         log.info("server stopped")
+
+
+def _make_captures(config: ServerConfig) -> Captures:
+    return Captures(
+        Path(config.capture),
+        fraction=config.capture_fraction,
+        per_second=config.capture_max_per_second,
+        max_bytes=config.capture_max_bytes,
+    )
 
 
 def _open_tracing(config: ServerConfig) -> Tracing:

@@ -34,6 +34,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.policy",
         "headrace.lifecycle.rollout",
         "headrace.drift",
+        "headrace.capture",
+        "headrace.feedback",
     ),
     (
         "headrace.lifecycle.events",
@@ -70,6 +72,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.admission",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
+        "headrace.lifecycle.attachments",
+        "headrace.capture.captures",
+        "headrace.feedback.feedbacks",
         "headrace.drift.monitor",
         "headrace.drift.watch",
         "headrace.sources.publish",
@@ -115,6 +120,7 @@ PURE = (
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
+    "headrace.capture.records", "headrace.capture.sampling",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
     "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
 )  # fmt: skip
