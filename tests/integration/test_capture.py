@@ -48,10 +48,10 @@ def all_at_once(address: str, requests: int) -> None:
             assert not isinstance(done.result(30), Exception)
 
 
-def repository(directory: Path, settings: str = "") -> Path:
+def repository(directory: Path, settings: str = "", before: str = "") -> Path:
     shutil.copytree(EXAMPLES / "digits", directory / "digits")
     toml = directory / "digits" / "model.toml"
-    toml.write_text(toml.read_text() + settings)
+    toml.write_text(before + toml.read_text() + settings)
     return directory
 
 
@@ -81,7 +81,7 @@ async def test_requests_are_captured_with_their_answers(tmp_path: Path, transpor
 
 async def test_each_request_of_a_batch_has_its_own_rows(tmp_path: Path) -> None:
     captures = tmp_path / "captures"
-    models = repository(tmp_path / "models", "max_queue_delay_ms = 50\n")
+    models = repository(tmp_path / "models", before="max_queue_delay_ms = 50\n")
     async with serve_in_process(models, capture=str(captures), capture_max_per_second=1000.0) as server:
         await asyncio.to_thread(all_at_once, server.grpc_addresses[0], 40)
         assert server.models.resolve("digits", "").counters.snapshot().batches < 40
