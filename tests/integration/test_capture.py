@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import shutil
 import urllib.request
-from collections.abc import Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,25 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import tritonclient.grpc as client
+from digits_requests import IMAGES, ask
 from headrace.capture.reading import list_contents, read_capture
 from headrace.errors import ConfigError
 from headrace.testing import serve_in_process
-from sklearn.datasets import load_digits
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "models"
-IMAGES = load_digits().data.astype(np.float32)
-
-
-def ask(address: str, rows: Sequence[int]) -> list[Any]:
-    """A request for each number of rows, the next rows of the digits."""
-    answers, start = [], 0
-    with client.InferenceServerClient(address) as stub:
-        for number, count in enumerate(rows):
-            tensor = client.InferInput("image", [count, 64], "FP32")
-            tensor.set_data_from_numpy(IMAGES[start : start + count])
-            answers.append(stub.infer("digits", [tensor], request_id=f"r{number}"))
-            start += count
-    return answers
 
 
 def all_at_once(address: str, requests: int) -> None:

@@ -97,7 +97,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.profiling"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.replay", "headrace.profiling"),
     ("headrace.app",),
     (
         "headrace.testing",
@@ -106,7 +106,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_drift",
         "headrace.cli_drift_tables",
         "headrace.cli_local",
-        "headrace.cli_models",
+        "headrace.cli_models", "headrace.cli_replay", "headrace.cli_feedback",
         "headrace.cli_tables",
     ),
 )
@@ -120,7 +120,7 @@ PURE = (
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
-    "headrace.capture.records", "headrace.capture.sampling",
+    "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
     "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
 )  # fmt: skip

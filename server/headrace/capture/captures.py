@@ -265,7 +265,7 @@ def _captured(pending: _Pending) -> Captured:
     for index, whole in pending.outputs:
         spec = signature.outputs[index]
         array = whole[pending.start : pending.start + pending.rows] if signature.is_batching else whole
-        data = None if spec.name in redacted else _output_bytes(array)
+        data = None if spec.name in redacted else output_bytes(array)
         outputs.append(CapturedTensor(spec.name, spec.datatype.value, tuple(array.shape), data))
     return Captured(owner.model, owner.version, pending.id, pending.at, pending.rows, signature.is_batching, tuple(inputs), tuple(outputs))
 
@@ -274,5 +274,5 @@ def _input_bytes(data: TensorBytes) -> Buffer:
     return data if isinstance(data, (bytes, memoryview)) else encode_bytes_tensor(data)
 
 
-def _output_bytes(array: Array) -> Buffer:
+def output_bytes(array: Array) -> Buffer:
     return encode_bytes_tensor(array) if array.dtype == object or array.dtype.kind in "SU" else array.tobytes()

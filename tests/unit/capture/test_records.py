@@ -7,8 +7,8 @@ from dataclasses import replace
 import msgpack
 import numpy as np
 import pytest
+from captured_requests import plain
 from headrace.capture.records import OVERHEAD, Captured, CaptureError, encode_header, encode_record, read_records
-from unit.capture.captured_requests import plain
 
 
 def read(data: bytes) -> tuple[list[Captured], list[str]]:

@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from captured_requests import plain
 from headrace.capture.reading import capture_files, list_contents, read_arrays, read_capture
 from headrace.capture.records import CaptureError, encode_record
 from headrace.capture.ring import FILES, Ring
 from headrace.errors import ConfigError
-from unit.capture.captured_requests import plain
 
 MOST = 64 * 1024
 
