@@ -252,6 +252,21 @@ class TensorConfig:
         "What class scores are; auto: probabilities where the first rows add up to 1.",
         choices=("auto", "probabilities", "logits"),
     )
+    minimum: float | None = _option(None, "Least value that an input may have.")
+    maximum: float | None = _option(None, "Largest value that an input may have.")
+    finite: bool = _option(False, "Whether an input must have no NaN and no infinity.")
+    categories: tuple[str, ...] = _option((), "The values that an input may have, as text: strings, integers, true and false.")
+    limits: str = _option(
+        "none",
+        "reference: each element of an input must be within what drift.msgpack has seen of it, where it is watched by itself (columns).",
+        choices=("none", "reference"),
+    )
+    on_invalid: str = _option(
+        "count",
+        "What becomes of a request with other values. count: it is answered, and they are counted (headrace_invalid_values_total). refuse: "
+        "INVALID_ARGUMENT with the first of them.",
+        choices=("count", "refuse"),
+    )
 
 
 @dataclass(frozen=True, slots=True)

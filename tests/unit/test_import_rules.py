@@ -70,6 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "headrace.lifecycle.view",
         "headrace.lifecycle.admission",
+        "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
         "headrace.lifecycle.attachments",

@@ -28,6 +28,7 @@ from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
@@ -93,6 +94,7 @@ class ModelVersion:
         self._watch: DriftWatch | None = None
         self._attachments = attachments
         self._attached: list[Attached] = []
+        self._checks: ValueChecks | None = None
         self._on_change = on_change
         self._pause = pause
         self._clock = clock
@@ -169,7 +171,7 @@ class ModelVersion:
         signature, batching, cancel = effective.signature, effective.batching, batcher.cancel_reply
         for request, reply in calls:
             try:
-                ticket = make_ticket(signature, batching, request, reply, arrived)
+                ticket = make_ticket(signature, batching, request, reply, arrived, self._checks)
             except HeadraceError as error:
                 batcher.count_failure(FailureReason.OTHER)
                 refused.append((request, reply, error.with_traceback(None)))
@@ -208,6 +210,7 @@ class ModelVersion:
             self._on_change(self)
             await self._leave
             effective, before = inspection.effective, predecessor()
+            self._checks = make_checks(effective, inspection.reference, self.counters.count_invalid)
             pause = self._pause if before is not None else 0.0
             await asyncio.sleep(pause)
             async with slots:
