@@ -20,6 +20,7 @@ from headrace.capture.captures import Captures
 from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
+from headrace.feedback.feedbacks import Feedbacks
 from headrace.http.server import HttpServer
 from headrace.lifecycle.admin import Admin
 from headrace.lifecycle.control import ExplicitControl
@@ -31,6 +32,7 @@ from headrace.lifecycle.watcher import Watcher
 from headrace.plugins import load_backends, open_source
 from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
+from headrace.rpc.feedback import FeedbackService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
@@ -40,6 +42,7 @@ from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
 from headrace.telemetry.capture_metrics import CaptureCollector
+from headrace.telemetry.feedback_metrics import FeedbackCollector
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
@@ -70,6 +73,7 @@ class Server:
             for backend in backends.values():
                 backend.share_threads(config.shared_threads)
         self.drift = DriftMonitors(loop)
+        self.feedbacks = Feedbacks()
         self.captures = _make_captures(config) if config.capture else None
         self.models = ModelManager(
             backends,
@@ -78,7 +82,7 @@ class Server:
             load_concurrency=config.load_threads,
             records=records,
             drift=self.drift if config.drift else None,
-            attachments=[self.captures] if self.captures is not None else [],
+            attachments=[self.feedbacks, *([self.captures] if self.captures is not None else [])],
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
@@ -93,7 +97,8 @@ class Server:
             InferenceService(self.models, records, regions),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
             HealthService(self.models),
-            AdminService(self.admin, config.admin),
+            AdminService(self.admin, config.admin, self.feedbacks),
+            FeedbackService(self.feedbacks),
         )
         self.transport = open_transport(self.services, config)
         self.http: HttpServer | None = None
@@ -116,6 +121,7 @@ class Server:
                 registry.register(WebhookCollector(self.webhooks))
             if self.tracing is not None:
                 registry.register(TracingCollector(self.tracing))
+            registry.register(FeedbackCollector(self.feedbacks))
             if self.captures is not None:
                 registry.register(CaptureCollector(self.captures))
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)

@@ -14,12 +14,14 @@ import grpc
 
 from headrace.drift.verdict import DriftReport
 from headrace.errors import Code, ConfigError, HeadraceError
+from headrace.feedback.feedbacks import FeedbackReport, Joined, Labelled
 from headrace.lifecycle.events import Event
 from headrace.lifecycle.view import ModelDescription, SourceDescription
 from headrace.rpc.admin_messages import decode_event, decode_model, decode_source
 from headrace.rpc.drift_messages import decode_report
+from headrace.rpc.feedback_messages import decode_feedback, decode_joined, encode_labelled
 from headrace.wire import messages as pb
-from headrace.wire.messages import ADMIN_SERVICE, method_classes
+from headrace.wire.messages import ADMIN_SERVICE, FEEDBACK_SERVICE, method_classes
 
 UNIX = "unix:"
 
@@ -76,6 +78,15 @@ class AdminClient:
     def get_drift(self, model: str, version: int = 0, windows: int = 0) -> DriftReport:
         """`version` 0: the default one. `windows`: of its history, the latest; 0: all."""
         return decode_report(self._call("GetDrift", pb.GetDriftRequest(model=model, version=version, windows=windows)).report)
+
+    def get_feedback(self, model: str, version: int = 0) -> list[FeedbackReport]:
+        """`version` 0: all that take labels."""
+        return [decode_feedback(each) for each in self._call("GetFeedback", pb.GetFeedbackRequest(model=model, version=version)).reports]
+
+    def send_feedback(self, model: str, requests: Sequence[Labelled], version: int = 0) -> Joined:
+        """`version` 0: whichever versions have answered them. At most feedback.MOST_REQUESTS at a time."""
+        message = pb.SendFeedbackRequest(model=model, version=version, requests=[encode_labelled(each) for each in requests])
+        return decode_joined(self._call("SendFeedback", message, FEEDBACK_SERVICE))
 
     def watch_events(self, model: str, *, since: int = 0, is_following: bool) -> Iterator[tuple[Event, int]]:
         """(event, how many were lost before it). Ends when the server stops, or with what has happened so far."""
