@@ -180,9 +180,11 @@ def _alarm_plot(study: Study, m: int) -> Plot:
         series("without floor", [each.bare.raised for each in alarms]),
         series("as shipped", [each.shipped.raised for each in alarms]),
     ]
+    title = f"Windows with a false alarm, nothing has drifted; reference of {m:,} rows"
+    x_label = f"rows in a window (dotted line: the budget; none at all is drawn at {LEAST_RATE:g})"
     return Plot(
-        f"false-alarms-{m}", f"Windows with a false alarm, nothing has drifted; reference of {m:,} rows",
-        f"rows in a window (dotted line: the budget; none at all is drawn at {LEAST_RATE:g})", "part of the windows", lines, has_log_x=True, has_log_y=True, x_ticks=[each.n for each in alarms], level=SHIPPED.alpha,
+        f"false-alarms-{m}", title, x_label, "part of the windows", lines, has_log_x=True, has_log_y=True, level=SHIPPED.alpha,
+        x_ticks=[each.n for each in alarms],
     )  # fmt: skip
 
 
