@@ -134,17 +134,18 @@ def moderate_chi_square(live: Array, reference: Array) -> Array:
 def compare(live: Array, reference: Array, others: Array | None = None) -> tuple[Array, Array, Array]:
     """(chi-square, degrees of freedom, p-value) of live against reference, which holds its level also where bins are sparse.
 
-    Bins of which fewer than FEW rows are expected in the smaller sample are one bin together, and with them `others`, the bins of what
-    has none of its own: which categories of the seldom ones got one was chance. What is expected follows from the rows of both samples
-    together; chosen by one of them alone, a bin would be low or high in it, and drift for that reason. Where even of that bin fewer
-    are expected it is left out of chi-square, whose distribution would be wrong, and tested alone: of x + y rows in it each is live with
-    probability n / (n + m) (Fisher's conditional test); the p-value is then twice the smaller one (Bonferroni).
+    Bins of which fewer than FEW rows are expected in the smaller sample are one bin together. Ranges were cut for the reference's rows to
+    be equally many, and so the reference says what is expected; chosen by live rows, a range would be one that is low by chance. With
+    categories both samples are chance, and both together say it. To their seldom ones belong the `others`, the bin of those that have
+    none of their own: which have one is chance too. Where even of that bin fewer are expected it is left out of chi-square, whose
+    distribution would be wrong, and tested alone: of x + y rows in it each is live with probability n / (n + m) (Fisher's conditional
+    test); the p-value is then twice the smaller one (Bonferroni).
     """
     n, m = live.sum(axis=-1, keepdims=True), reference.sum(axis=-1, keepdims=True)
     smaller = np.minimum(n, m) / np.maximum(n + m, 1)
-    is_rare = (live + reference) * smaller < FEW
+    is_rare = reference * np.minimum(n / np.maximum(m, 1), 1.0) < FEW
     if others is not None:
-        is_rare |= others
+        is_rare = np.where(others.any(axis=-1, keepdims=True), (live + reference) * smaller < FEW, is_rare) | others
     rare, rare_reference = np.where(is_rare, live, 0).sum(axis=-1), np.where(is_rare, reference, 0).sum(axis=-1)
     is_alone = (rare + rare_reference) * smaller[..., 0] < FEW
     together = np.where(is_alone, 0, 1)

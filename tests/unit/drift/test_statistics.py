@@ -102,6 +102,15 @@ def test_p_values_far_out_come_at_most_as_often_as_they_say(rows: int, shares: t
     assert np.mean(p_values < 0.001) < 0.001
 
 
+def test_ranges_that_the_references_own_rows_cut_are_not_drift() -> None:
+    """Ten ranges with equally many rows each, in each of which 5 live ones are expected: the border of what is sparse."""
+    random = np.random.default_rng(13)
+    chances = random.dirichlet(np.full(10, 50.0), 20_000)  # what ranges that hold 50 of 500 rows hold of the truth
+    live = random.multinomial(50, chances)
+    p_values = statistics.compare(live, np.tile([49, 51, 50, 50, 50, 50, 50, 50, 49, 51], (20_000, 1)))[2]
+    assert np.mean(p_values < 0.001) < 0.001
+
+
 @pytest.mark.parametrize(("rows", "reference_rows"), [(100, 500), (5000, 2000), (50_000, 2000)])
 def test_categories_that_the_reference_chose_are_not_drift(rows: int, reference_rows: int) -> None:
     random = np.random.default_rng(11)
