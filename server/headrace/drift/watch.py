@@ -27,6 +27,7 @@ from headrace.drift.joining import Arrays, Kept, join
 from headrace.drift.judgement import Histograms, judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
+from headrace.drift.reference_file import identified
 from headrace.drift.sampling import Budget
 from headrace.drift.sequential import SlowDrift
 from headrace.drift.verdict import Alert, DriftReport, WindowVerdict
@@ -162,6 +163,7 @@ class DriftWatch:
                 alerts=self._alarms.raised,
                 history=tuple(self._history),
                 past_alerts=tuple(self._past),
+                config=self._config,
             )
 
     def _pending_rows(self) -> int:
@@ -183,7 +185,7 @@ class DriftWatch:
             totals = compared.totals.copy()
         if not plan.watches_the_same([each.feature for each in compared.reference.features]):
             return None
-        return from_counts(compared.reference, totals, f"version {self._subject.version}")
+        return identified(from_counts(compared.reference, totals, f"version {self._subject.version}"))
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
@@ -229,7 +231,7 @@ class DriftWatch:
             self._seen += rows
         if self._builder.rows < self._config.learn_rows:
             return
-        reference = self._builder.build("learnt")
+        reference = identified(self._builder.build("learnt"))
         with self._lock:
             self._builder = None
             self._compare_with(reference)
