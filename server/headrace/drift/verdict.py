@@ -84,8 +84,8 @@ class DriftReport:
 
     `reference` is None while it is learnt: `learnt_rows` of `learn_rows`. `totals`: all live counts since the version went live, on
     that reference. `seen_rows` were counted, `skipped_rows` left out to stay within the budget, `dropped_rows` because the hand-off was
-    full. `config`: what it is judged by; None in a report from another process. `history`: verdicts of ended tumbling windows, oldest first. `slow`: by feature index, evidence of slow drift, which raises an
-    alert at 1.
+    full. `history`: verdicts of ended tumbling windows, oldest first. `slow`: by feature index, evidence of slow drift, which raises an
+    alert at 1. `config`: what it is judged by; None in a report that came from another process.
     """
 
     model: str

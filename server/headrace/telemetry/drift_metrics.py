@@ -48,9 +48,7 @@ class DriftFamilies:
         self._accuracy = Family("headrace_estimated_accuracy", "gauge", "Accuracy as confidence has it, without labels.")
         self._expected = Family("headrace_reference_accuracy", "gauge", "What the estimate is on the reference's data.")
         self._judged = Family("headrace_estimated_rows_total", "counter", "Rows whose chance of a right answer was estimated.")
-        self._correct = Family(
-            "headrace_estimated_correct_rows_total", "counter", "Sum of those chances: right answers, as far as is known."
-        )
+        self._correct = Family("headrace_estimated_correct_rows_total", "counter", "Sum of those chances.")
         self._variance = Family("headrace_estimated_correct_variance_total", "counter", "Sum of chance (1 - chance) of those rows.")
         self._quality = Family("headrace_data_quality_total", "counter", "Rows with a problem, by feature.")
         self._seen = Family("headrace_drift_seen_rows_total", "counter", "Rows counted.")
