@@ -9,7 +9,6 @@ from prometheus_client.registry import Collector
 
 from headrace.lifecycle.view import AdminView
 
-
 ALARMING = ("failed", "rolled_back", "source_error")
 """Kinds of events that the rules in deploy/prometheus alert on."""
 
