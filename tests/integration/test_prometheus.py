@@ -175,6 +175,10 @@ async def test_every_expression_finds_metrics_and_labels_that_a_server_has(tmp_p
             assert grouping_labels(expression) <= known, where
         assert {name for _, expression in used for name, _ in selectors(expression) if ":" in name} <= recorded
 
+        # There before the first failure, which a rate would miss else.
+        events = found.query('sum by (event) (headrace_model_events_total{event=~"failed|rolled_back"})')
+        assert list(events.values()) == [0, 0]
+
         await until(lambda: all(found.query(name) for name in recorded))
         for title, expression in dashboard_expressions():
             assert found.query(expression) or title in QUIET_PANELS, f"panel '{title}' is empty: {expression}"
