@@ -57,13 +57,14 @@ def report(shifts: tuple[float, ...] = (0.0,) * 6, *, version: int = 3, seed: in
     """After one window of `rows` for each of `shifts`."""
     random, base = np.random.default_rng(seed), reference()
     counter, windows, slow, alarms = BatchCounter(base), Windows(base, CONFIG, BEGAN), SlowDrift(base, CONFIG), Alarms("titanic", version)
-    totals, history, sliding, past = Counts.zero(base), [], None, deque[Alert]()
+    totals, latest, history, sliding, past = Counts.zero(base), None, [], None, deque[Alert]()
     for number, shift in enumerate(shifts, start=1):
         at = BEGAN + 60 * number
         counts = counter.count(*rows_of(random, rows, shift=shift), rows)
         totals.add(counts)
         ended = windows.add(counts, at)
         assert ended is not None
+        latest = ended.counts
         history.append(judge(base, ended.counts, CONFIG, "tumbling", ended.began, at))
         whole = windows.sliding()
         sliding = judge(base, whole.counts, CONFIG, "sliding", whole.began, at) if whole is not None else None
@@ -71,7 +72,7 @@ def report(shifts: tuple[float, ...] = (0.0,) * 6, *, version: int = 3, seed: in
         found = findings(base, ended.counts, history[-1], sliding, slow.evidence())
         past.extend(alarms.update(base, found, at, totals.rows, at - BEGAN))
     return DriftReport(
-        "titanic", version, base, totals=totals, seen_rows=totals.rows, skipped_rows=1200, dropped_rows=3, cpu_seconds=0.5,
+        "titanic", version, base, totals=totals, latest=latest, seen_rows=totals.rows, skipped_rows=1200, dropped_rows=3, cpu_seconds=0.5,
         tumbling=history[-1] if history else None, sliding=sliding, slow=slow.evidence(), alerts=alarms.raised, history=tuple(history),
         past_alerts=tuple(past), config=CONFIG,
     )  # fmt: skip

@@ -41,6 +41,9 @@ from headrace.telemetry.audit import AuditLog, read_audit
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
+from headrace.telemetry.records import RequestRecords
+from headrace.telemetry.tracing import Sampler, Tracing
+from headrace.telemetry.tracing_metrics import TracingCollector
 from headrace.telemetry.webhooks import WebhookCollector, Webhooks
 from headrace.threads import expect_little_work
 
@@ -58,6 +61,8 @@ class Server:
         self.config = config
         loop = asyncio.get_running_loop()
         self.access_log = AccessLog(sys.stdout) if config.access_log else None
+        self.tracing = _open_tracing(config) if config.tracing else None
+        records = RequestRecords(self.access_log, self.tracing) if self.access_log is not None or self.tracing is not None else None
         backends = load_backends()
         if config.shared_threads:
             for backend in backends.values():
@@ -68,7 +73,7 @@ class Server:
             lambda: LoopTimer(loop),
             LoopSchedule(loop),
             load_concurrency=config.load_threads,
-            access_log=self.access_log,
+            records=records,
             drift=self.drift if config.drift else None,
             drain_grace=config.shutdown_grace,
         )
@@ -81,7 +86,7 @@ class Server:
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
         regions = SharedMemoryRegions() if config.client_shared_memory else None
         self.services = Services(
-            InferenceService(self.models, self.access_log, regions),
+            InferenceService(self.models, records, regions),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
             HealthService(self.models),
             AdminService(self.admin, config.admin),
@@ -95,12 +100,16 @@ class Server:
         """Sockets first, so that liveness can be probed while models load; ready once every wanted version is live."""
         if self.access_log is not None:
             self.access_log.start()
+        if self.tracing is not None:
+            self.tracing.start()
         self._start_webhooks()
         if self.config.http:
             registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
             registry.register(LifecycleCollector(self.admin))
             if self.webhooks is not None:
                 registry.register(WebhookCollector(self.webhooks))
+            if self.tracing is not None:
+                registry.register(TracingCollector(self.tracing))
             self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
@@ -112,7 +121,7 @@ class Server:
         if config.drift_webhooks:
             self.webhooks = Webhooks(config.drift_webhooks, config.drift_webhook_secret, f"//{socket.gethostname()}/headrace")
             self.webhooks.start()
-            self.drift.subscribe(self.webhooks.alert)
+            self.drift.subscribe(self.webhooks.alerts)
             self.models.event_log.subscribe(self.webhooks.lifecycle)
 
     def _look_now(self) -> None:
@@ -185,11 +194,24 @@ class Server:
             await self.webhooks.stop()
         for source in self.sources:
             await source.close()
+        if self.tracing is not None:
+            await asyncio.to_thread(self.tracing.stop)
         if self.access_log is not None:
             await asyncio.to_thread(self.access_log.stop)
         if self.audit_log is not None:
             await asyncio.to_thread(self.audit_log.stop)
         log.info("server stopped")
+
+
+def _open_tracing(config: ServerConfig) -> Tracing:
+    """Raises ConfigError."""
+    # Not at the top: its packages are an extra, and take a quarter of a second to import.
+    try:
+        from headrace.telemetry.otel import open_exporter
+    except ImportError as error:
+        raise ConfigError(f"tracing: expected the packages of OpenTelemetry, pip install 'headrace[otel]', got: {error}") from None
+    exporter = open_exporter(config.tracing, config.trace_service_name, __version__)
+    return Tracing(Sampler(config.trace_fraction, config.trace_max_per_second), exporter)
 
 
 async def serve(config: ServerConfig, started: Callable[[Server], None] | None = None) -> int:

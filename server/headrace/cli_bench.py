@@ -8,21 +8,21 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from headrace.config import SourceConfig
+from headrace.cli_local import LocalModel, add_repository, open_model
 from headrace.errors import ConfigError, HeadraceError
 
 if TYPE_CHECKING:
     from headrace.backends.base import BackendRegistry
     from headrace.bench.choice import Best, Choice, Measured, Setup
     from headrace.bench.runs import Progress, Subject
-    from headrace.sources.base import Fetched, ModelRef
 
 DONE, FAILED = 0, 1
+Toml = tuple[Path, str]
+"""The file to write settings into, and its text."""
 SECONDS = 1.5
 NOISY = 0.1
 """Of the rate, from round to round; idle machines stay within half of that."""
@@ -35,7 +35,7 @@ machine, and why. Measures what is there, so let nothing else run meanwhile. Cha
 def add_bench(bench: argparse.ArgumentParser) -> None:
     bench.description = DESCRIPTION
     bench.add_argument("model", metavar="MODEL", help="a model's directory, or with --models its name there")
-    bench.add_argument("--models", default="", metavar="REPO", help="a directory of models, or any URI that `serve --models` takes")
+    add_repository(bench)
     bench.add_argument(
         "--seconds", type=_positive, default=SECONDS, metavar="N", help=f"for each setup and batch size, over three rounds ({SECONDS:g})"
     )
@@ -61,28 +61,18 @@ def _positive(text: str) -> float:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Found:
-    """The model in its source; `toml` is the file to write, and its text, for --write."""
-
-    model: ModelRef
-    number: int
-    fetched: Fetched
-    toml: tuple[Path, str] | None
-
-
 def run(options: argparse.Namespace) -> int:
     from headrace.cli import check_runtime
     from headrace.plugins import load_backends
 
     check_runtime()
     try:
-        found = asyncio.run(_open(options))
+        local = asyncio.run(open_model(options.model, options.models))
         try:
             # Not on an event loop, which would keep a Ctrl-C to itself until the model is measured.
-            return _bench(options, load_backends(), found)
+            return _bench(options, load_backends(), local, _to_write(local) if options.write else None)
         finally:
-            found.fetched.release()
+            local.fetched.release()
     except ConfigError:
         raise
     except HeadraceError as error:
@@ -95,58 +85,13 @@ def run(options: argparse.Namespace) -> int:
     return FAILED
 
 
-async def _open(options: argparse.Namespace) -> Found:
-    """Its files are there until they are released."""
-    from headrace.plugins import open_source
-
-    uri, name = _locate(options.model, options.models)
-    source = open_source(uri, SourceConfig())
-    try:
-        listing = await source.list()
-        if name in listing.errors:
-            raise HeadraceError(listing.errors[name])
-        if name not in listing.models:
-            raise ConfigError(f"no model '{name}' in {uri}; there are: {', '.join(sorted(listing.models)) or 'none'}")
-        model = listing.models[name]
-        number = _newest(model)
-        fetched = await source.fetch(model, number)
-        try:
-            return Found(model, number, fetched, _to_write(uri, fetched) if options.write else None)
-        except BaseException:
-            fetched.release()
-            raise
-    finally:
-        await source.close()
-
-
-def _locate(model: str, repository: str) -> tuple[str, str]:
-    """(source, the model's name in it)"""
-    from headrace.model_files import model_name
-
-    if repository:
-        return repository, model
-    if not Path(model).is_dir():
-        raise ConfigError(f"no directory '{model}'; expected a model's, or --models REPOSITORY with the name of a model in it")
-    return model, model_name(Path(model))
-
-
-def _newest(model: ModelRef) -> int:
-    from headrace.lifecycle.policy import select_versions
-
-    numbers = select_versions(list(model.versions), model.config.version_policy)
-    if not numbers:
-        raise HeadraceError(f"version_policy '{model.config.version_policy}' selects none of its versions")
-    return max(numbers)
-
-
-def _to_write(uri: str, fetched: Fetched) -> tuple[Path, str]:
+def _to_write(local: LocalModel) -> Toml:
     """Before anything is measured for nothing. Raises ConfigError for a model whose settings cannot be written."""
     from headrace.bench.model_toml import FILENAME, read
 
-    directory = fetched.model_directory
-    root = Path(uri.removeprefix("file://")).expanduser()
-    if not directory.resolve().is_relative_to(root.resolve()):
-        raise ConfigError(f"--write: {uri} is no directory on this machine; leave it out and put what is found into the model's {FILENAME}")
+    directory = local.fetched.model_directory
+    if not local.is_below_source():
+        raise ConfigError(f"--write: {local.uri} is no directory on this machine; leave it out and put what is found into its {FILENAME}")
     if (directory / "config.pbtxt").exists():
         raise ConfigError(
             f"--write: {directory.name} has a config.pbtxt, which is Triton's and is not written; leave --write out and put what is found "
@@ -157,42 +102,41 @@ def _to_write(uri: str, fetched: Fetched) -> tuple[Path, str]:
     return directory / FILENAME, read(directory / FILENAME)
 
 
-def _bench(options: argparse.Namespace, backends: BackendRegistry, found: Found) -> int:
+def _bench(options: argparse.Namespace, backends: BackendRegistry, local: LocalModel, toml: Toml | None) -> int:
     from headrace.bench.choice import choose
     from headrace.bench.model_toml import changes
     from headrace.bench.runs import Subject, available_cores, measure
     from headrace.lifecycle.inspection import inspect
 
     cores = available_cores(options.cores)
-    inspection = inspect(found.model.config, found.fetched, backends)
-    subject = Subject(inspection.effective, inspection, found.fetched, cores)
+    inspection = inspect(local.model.config, local.fetched, backends)
+    subject = Subject(inspection.effective, inspection, local.fetched, cores)
     subject, measured, notes = measure(subject, backends, options.seconds, _tell)
     kept = subject.effective.batching.slo
     slo = options.slo_ms / 1e3 if options.slo_ms else kept
     choice = choose(measured, subject.settings, slo=slo, is_kept=0 < kept <= slo, is_inline=subject.is_inline)
     values = changes(subject.settings, choice.settings)
-    if found.toml is not None and values:
-        _write(found, subject, values, backends)
+    if toml is not None and values:
+        _write(local, toml, subject, values, backends)
     notes += _hints(subject, choice)
     if options.json:
-        print(json.dumps({**_table(found, measured, choice, values), "notes": notes}, indent=2))
+        print(json.dumps({**_table(local, measured, choice, values, is_written=toml is not None), "notes": notes}, indent=2))
     else:
-        print("\n".join(_report(found, subject, measured, choice, notes, values)))
+        print("\n".join(_report(local, subject, measured, choice, notes, values, is_written=toml is not None)))
     return DONE if choice.is_within_slo else FAILED
 
 
-def _write(found: Found, subject: Subject, values: dict[str, int | list[int]], backends: BackendRegistry) -> None:
+def _write(local: LocalModel, toml: Toml, subject: Subject, values: dict[str, int | list[int]], backends: BackendRegistry) -> None:
     """Nothing that the server would then refuse."""
     from headrace.bench.model_toml import edited, replace
     from headrace.config_loading import parse_model_toml
     from headrace.lifecycle.effective import resolve_model
 
-    assert found.toml is not None
-    path, before = found.toml
-    directories = found.fetched.model_directory, found.fetched.version_directory
+    path, before = toml
+    directories = local.fetched.model_directory, local.fetched.version_directory
 
     def check(text: str) -> None:
-        config = parse_model_toml(text.encode(), found.model.name)
+        config = parse_model_toml(text.encode(), local.model.name)
         resolve_model(config, *directories, backends, subject.effective.artifact)
 
     replace(path, before, edited(before, values), check)
@@ -230,19 +174,26 @@ def _hints(subject: Subject, choice: Choice) -> list[str]:
 
 
 def _report(
-    found: Found, subject: Subject, measured: Measured, choice: Choice, notes: Sequence[str], values: dict[str, int | list[int]]
+    local: LocalModel,
+    subject: Subject,
+    measured: Measured,
+    choice: Choice,
+    notes: Sequence[str],
+    values: dict[str, int | list[int]],
+    *,
+    is_written: bool,
 ) -> list[str]:
     before, after = subject.settings.setup, choice.settings.setup
-    lines = [f"{found.model.name}:{found.number} on {len(subject.cores)} core{'s' if len(subject.cores) > 1 else ''}", ""]
+    lines = [f"{local.model.name}:{local.number} on {len(subject.cores)} core{'s' if len(subject.cores) > 1 else ''}", ""]
     lines += [*(f"  {line}" for line in _rates(measured, after)), "", f"  now     {_summary(choice.now, before, measured)}"]
     if choice.settings != subject.settings:
         lines.append(f"  then    {_summary(choice.then, after, measured)}")
     lines += [f"  why     {reason}" for reason in choice.reasons]
     lines += [f"  note    {note}" for note in notes]
-    lines += [f"  {'wrote' if found.toml else 'set  '}   {key} = {value}" for key, value in values.items()]
+    lines += [f"  {'wrote' if is_written else 'set  '}   {key} = {value}" for key, value in values.items()]
     if not values:
         lines.append("  The settings stay as they are.")
-    elif not found.toml:
+    elif not is_written:
         lines.append("  In model.toml, that is; --write puts it there.")
     return [*lines, ""]
 
@@ -274,13 +225,15 @@ def _number(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _table(found: Found, measured: Measured, choice: Choice, values: dict[str, int | list[int]]) -> dict[str, Any]:
+def _table(
+    local: LocalModel, measured: Measured, choice: Choice, values: dict[str, int | list[int]], *, is_written: bool
+) -> dict[str, Any]:
     """For machines. Seconds and rows a second, a number a round."""
     from headrace.bench.choice import rate
 
     return {
-        "model": found.model.name,
-        "version": found.number,
+        "model": local.model.name,
+        "version": local.number,
         "measured": [
             {
                 "instances": setup.instances,
@@ -298,5 +251,5 @@ def _table(found: Found, measured: Measured, choice: Choice, values: dict[str, i
         "reasons": list(choice.reasons),
         "is_within_slo": choice.is_within_slo,
         "settings": values,
-        "written": found.toml is not None and bool(values),
+        "written": is_written and bool(values),
     }

@@ -30,7 +30,7 @@ Action = Callable[["AdminClient", argparse.Namespace, "Output"], None]
 
 def add_models(models: argparse.ArgumentParser) -> None:
     """Give the parser of `headrace models` its subcommands."""
-    common = _common_flags()
+    common = add_client_flags()
     commands = models.add_subparsers(required=True, metavar="COMMAND")
 
     def add(name: str, action: Action, doc: str, *, is_change: bool = False, needs_reason: bool = False) -> argparse.ArgumentParser:
@@ -66,7 +66,8 @@ def add_models(models: argparse.ArgumentParser) -> None:
     add("sources", _sources, "where models come from, and whether that can be read")
 
 
-def _common_flags() -> argparse.ArgumentParser:
+def add_client_flags() -> argparse.ArgumentParser:
+    """A parent for parsers of commands that ask a server."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--url", default=DEFAULT_URL, metavar="ADDRESS", help=f"the server's gRPC address, HOST:PORT or unix:PATH ({DEFAULT_URL})"
@@ -110,7 +111,11 @@ def _seconds(text: str) -> float:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Raises ConfigError for wrong use."""
+    return call_server(options, options.action)
+
+
+def call_server(options: argparse.Namespace, action: Action) -> int:
+    """The exit code. Raises ConfigError for wrong use."""
     # gRPC's own lines about a failed handshake would stand around the one that says what is wrong.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from headrace.rpc.admin_client import AdminClient, CallFailed, Tls
@@ -120,7 +125,7 @@ def run(options: argparse.Namespace) -> int:
     output = Output(is_json=options.json)
     try:
         with AdminClient(options.url, tls, options.timeout) as client:
-            options.action(client, options, output)
+            action(client, options, output)
             sys.stdout.flush()
     except CallFailed as error:
         print(f"headrace: {error}", file=sys.stderr)

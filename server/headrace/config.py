@@ -83,6 +83,18 @@ class ServerConfig:
     log_format: str = _option("auto", "auto: console on a terminal, else JSON.", choices=("auto", "console", "json"))
     log_level: str = _option("info", "The least level that is logged.", choices=("debug", "info", "warning", "error"))
     access_log: bool = _option(False, "One JSON line per request on standard output.")
+    tracing: str = _option(
+        "",
+        "Where spans of traced requests go, extra `otel`: http://HOST:PORT or https://HOST:PORT of an OTLP collector (gRPC), file:PATH "
+        "for lines of OTLP JSON, console for standard error. Empty: nothing is traced.",
+    )
+    trace_fraction: float = _option(
+        0.01, "Part of the requests that is traced, of those whose caller has not decided it by its own traceparent.", minimum=0
+    )
+    trace_max_per_second: float = _option(
+        100.0, "Requests that are traced at most, also of those whose callers trace them: each costs some 0.3 ms of a core.", minimum=0
+    )
+    trace_service_name: str = _option("headrace", "`service.name` of the spans.")
     shutdown_grace: float = _option(30.0, "How long a stopping server finishes what it has admitted.", key="shutdown_grace_s", minimum=0)
     max_message_bytes: int = _option(INT32_MAX, "Largest message either way; the protocol's clients allow this much.", minimum=1024)
     max_inflight_bytes: int = _option(
@@ -130,6 +142,10 @@ class ServerConfig:
             _check_url("drift_webhooks", url)
         if bool(self.tls_certificate) != bool(self.tls_key):
             raise ConfigError("tls_certificate and tls_key: expected both or neither")
+        if self.tracing and self.tracing != "console" and not self.tracing.startswith(("http://", "https://", "file:")):
+            raise ConfigError(f"tracing: expected http://HOST:PORT, https://HOST:PORT, file:PATH or console, got {self.tracing!r}")
+        if self.trace_fraction > 1:
+            raise ConfigError(f"trace_fraction: expected 0 to 1, got {self.trace_fraction}")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
 
@@ -226,6 +242,21 @@ class TensorConfig:
         "auto",
         "What class scores are; auto: probabilities where the first rows add up to 1.",
         choices=("auto", "probabilities", "logits"),
+    )
+    minimum: float | None = _option(None, "Least value that an input may have.")
+    maximum: float | None = _option(None, "Largest value that an input may have.")
+    finite: bool = _option(False, "Whether an input must have no NaN and no infinity.")
+    categories: tuple[str, ...] = _option((), "The values that an input may have, as text: strings, integers, true and false.")
+    limits: str = _option(
+        "none",
+        "reference: each element of an input must be within what drift.msgpack has seen of it, where it is watched by itself (columns).",
+        choices=("none", "reference"),
+    )
+    on_invalid: str = _option(
+        "count",
+        "What becomes of a request with other values. count: it is answered, and they are counted (headrace_invalid_values_total). refuse: "
+        "INVALID_ARGUMENT with the first of them.",
+        choices=("count", "refuse"),
     )
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.errors import HeadraceError
+from headrace.telemetry.trace_context import TraceContext
 
 Parameter = bool | int | float | str
 Parameters = dict[str, Parameter]
@@ -121,20 +122,34 @@ class Outlet(Protocol):
         """Called from any thread, exactly once for each reply; never raises and never blocks."""
 
 
+class Caller:
+    """Who makes a call, by its address and what the client calls itself, and in which trace it does, None for in none."""
+
+    __slots__ = ("peer", "trace", "user_agent")
+
+    def __init__(self, peer: str, user_agent: str = "", trace: TraceContext | None = None) -> None:
+        self.peer = peer
+        self.user_agent = user_agent
+        self.trace = trace
+
+    def __repr__(self) -> str:
+        return f"Caller({self.peer}, {self.user_agent!r}, {self.trace!r})"
+
+
 class Reply:
     """Whoever waits for one answer. Transports subclass it with what they need to find the caller again.
 
-    `deadline` is on time.monotonic()'s clock, None where the call has none. `peer` is the caller's address
+    `deadline` is on time.monotonic()'s clock, None where the call has none. `caller` is there
     where a transport was asked for it. `ticket` and `cancel` are set
     when a version takes the request, so that a caller who goes away can be found in that version's queue.
     """
 
-    __slots__ = ("cancel", "deadline", "outlet", "peer", "ticket")
+    __slots__ = ("caller", "cancel", "deadline", "outlet", "ticket")
 
     def __init__(self, outlet: Outlet, deadline: float | None = None) -> None:
         self.outlet = outlet
         self.deadline = deadline
-        self.peer = ""
+        self.caller: Caller | None = None
         self.ticket: Ticket | None = None
         self.cancel: Callable[[Reply], None] | None = None
 

@@ -16,7 +16,6 @@ from headrace.config import DriftConfig
 from headrace.drift.counting import Counts
 from headrace.drift.judgement import judge
 from headrace.drift.reference import Reference
-from headrace.drift.reference_file import FILENAME, encode
 from headrace.drift.verdict import DriftReport, WindowVerdict
 from headrace.testing import serve_in_process
 from prometheus_expressions import dashboard, dashboard_expressions, grouping_labels, rule_files, rules, selectors, substitute
@@ -29,7 +28,6 @@ MIRRORED = np.ascontiguousarray(CLEAN[:, ::-1])
 ROWS = 400
 SETTINGS = f"""
 [drift]
-learn_rows = 600
 window_rows = {ROWS}
 budget = 0
 """
@@ -59,17 +57,11 @@ async def until(is_so: Callable[[], bool]) -> None:
             await asyncio.sleep(0.1)
 
 
-async def make_repository(directory: Path) -> Path:
-    """Digits with the reference that a server learnt, published as a file: all replicas then compare with the same one."""
+def make_repository(directory: Path) -> Path:
+    """Digits with the reference that is published with them: all replicas compare with the same one."""
     shutil.copytree(EXAMPLE, directory / "digits")
     settings = directory / "digits" / "model.toml"
     settings.write_text(settings.read_text() + SETTINGS)
-    async with serve_in_process(directory) as server:
-        await asyncio.to_thread(send, server.grpc_addresses[0], CLEAN, 600, seed=0)
-        await until(lambda: report_of(server).reference is not None)
-        reference = report_of(server).reference
-    assert reference is not None
-    (directory / "digits" / "1" / FILENAME).write_bytes(encode(reference))
     return directory
 
 
@@ -107,7 +99,7 @@ def compare(found: Prometheus, prefix: str, window: str, reference: Reference, v
 
 @needs_prometheus
 async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path: Path) -> None:
-    models = await make_repository(tmp_path / "models")
+    models = make_repository(tmp_path / "models")
     async with (
         serve_in_process(models) as first,
         serve_in_process(models) as second,
@@ -151,7 +143,7 @@ async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path
 @needs_prometheus
 async def test_every_expression_finds_metrics_and_labels_that_a_server_has(tmp_path: Path) -> None:
     """By name in what is exported; then by a real Prometheus, which refuses what it cannot parse."""
-    models = await make_repository(tmp_path / "models")
+    models = make_repository(tmp_path / "models")
     shutil.copytree(EXAMPLE.parent / "diabetes", models / "diabetes")  # which learns its reference
     files = [drift_rules(), *[(RULES / name).read_text() for name in rule_files() if "drift" not in name]]
     async with (

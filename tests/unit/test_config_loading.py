@@ -39,6 +39,8 @@ def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     texts = {"grpc": "unix:/run/a.sock", "http": "0.0.0.0:1", "tls_certificate": "a.pem", "drift_webhooks": "https://a/b"}
     numbers = {"max_message_bytes": "4096", "max_inflight_bytes": "8192", "load_threads": "7", "cache_bytes": "1000", "shared_threads": "3"}
     seconds = {"shutdown_grace_s": "2.5", "poll_interval_s": "2.5", "settle_s": "2.5"}
+    texts |= {"tracing": "console"}
+    numbers |= {"trace_fraction": "0.5", "trace_max_per_second": "2.5"}
     choices = field.metadata["choices"]
     text = {**texts, **numbers, **seconds}.get(key) or (choices[-1] if choices else "true" if field.type == "bool" else "x")
     environment = {f"HEADRACE_{key.upper()}": text}

@@ -12,10 +12,17 @@ SOURCE = Path(__file__).parents[2] / "server"
 
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
-    ("headrace.requests",),
+    ("headrace.requests", "headrace.telemetry.trace_context"),
     ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
     ("headrace.config",),
-    ("headrace.config_loading", "headrace.wire", "headrace.telemetry.counters"),
+    (
+        "headrace.config_loading",
+        "headrace.wire",
+        "headrace.telemetry.counters",
+        "headrace.telemetry.exemplars",
+        "headrace.telemetry.tracing",
+        "headrace.telemetry.records",
+    ),
     (
         "headrace.batching.batch_queue",
         "headrace.batching.assemble",
@@ -61,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "headrace.lifecycle.view",
         "headrace.lifecycle.admission",
+        "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
         "headrace.drift.monitor",
@@ -85,13 +93,23 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.profiling"),
     ("headrace.app",),
-    ("headrace.testing", "headrace.cli", "headrace.cli_bench", "headrace.cli_models", "headrace.cli_tables"),
+    (
+        "headrace.testing",
+        "headrace.cli",
+        "headrace.cli_bench",
+        "headrace.cli_drift",
+        "headrace.cli_drift_tables",
+        "headrace.cli_local",
+        "headrace.cli_models",
+        "headrace.cli_tables",
+    ),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
 PURE = (
+    "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
     "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
@@ -99,6 +117,7 @@ PURE = (
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
+    "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (
@@ -148,6 +167,8 @@ def violations(module: str, source: str) -> list[str]:
             found.append(f"{module} is pure and imports {root}")
         if root in ("grpc", "grpc_reflection") and not module.startswith("headrace.rpc"):
             found.append(f"{module} imports {root}, which only headrace.rpc may")
+        if root == "opentelemetry" and module != "headrace.telemetry.otel":
+            found.append(f"{module} imports {root}, which only headrace.telemetry.otel may")
         if belongs(imported, ADAPTERS) and not belongs(module, ADAPTERS):
             found.append(f"{module} names the adapter {imported}, which only entry points may")
         if belongs(module, ADAPTERS) and belongs(imported, ADAPTERS) and place_of(module) != place_of(imported):
@@ -176,6 +197,7 @@ def test_imports_go_down_only(module: str) -> None:
         ("headrace.config", "if TYPE_CHECKING:\n    from headrace.lifecycle.manager import ModelManager", "above"),
         ("headrace.wire.codec", "import asyncio", "pure"),
         ("headrace.lifecycle.manager", "import grpc", "only headrace.rpc"),
+        ("headrace.telemetry.tracing", "def export():\n    from opentelemetry import trace", "only headrace.telemetry.otel"),
         ("headrace.lifecycle.version", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "only entry points"),
         ("headrace.sources.directory", "from headrace.backends.onnxruntime import OnnxRuntimeBackend", "the adapter"),
     ],

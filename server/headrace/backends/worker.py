@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from headrace.backends.base import Array, Backend
 from headrace.batching.assemble import gather, padded_size, union_outputs
@@ -19,9 +19,9 @@ from headrace.batching.screening import count_nonfinite
 from headrace.errors import BackendError, HeadraceError, LoadError
 from headrace.requests import Answer, Ticket
 from headrace.signature import Signature
-from headrace.telemetry.access_log import VersionAccessLog
 from headrace.telemetry.counters import BatchTimes, CounterShard, FailureReason
 from headrace.telemetry.log import get_logger
+from headrace.telemetry.records import VersionRecords
 from headrace.threads import patient
 
 log = get_logger(__name__)
@@ -38,7 +38,7 @@ class BatchRunner:
 
     Owns nothing that changes but `screen_outputs`: whether answers with NaN or infinity are counted, set from any thread; `stretch`
     of the last batch: how much longer the model took than it had a core for, 0 where the thread's CPU time does not tell; and that
-    batch itself until `show`, where there are `observers`.
+    batch itself until `show`, where there are `observers` or `records`.
     """
 
     def __init__(
@@ -48,14 +48,16 @@ class BatchRunner:
         encoder: Encoder,
         allowed: Sequence[int],
         shard: CounterShard,
-        access_log: VersionAccessLog | None = None,
+        records: VersionRecords | None = None,
         observers: Sequence[Observer] = (),
     ) -> None:
         self._observers = observers
         self._ran: RanBatch | None = None
         self.screen_outputs = False
         self.stretch = 0.0
-        self._access_log = access_log
+        self._records = records
+        self._times: BatchTimes | None = None
+        self._ended: _Ended | None = None
         self._signature = signature
         self._encoder = encoder
         self._allowed = allowed
@@ -71,11 +73,12 @@ class BatchRunner:
             answers = self._fail(tickets, error.with_traceback(None), FailureReason.BACKEND)
         except BaseException:
             # Also SystemExit and the like: a model ends neither its thread nor, run inline, the event loop.
-            log.exception("batch failed", version=self._name, request_ids=[t.id for t in tickets if t.id][:8], requests=len(tickets))
+            log.exception("batch failed", version=self._name, requests=len(tickets), **_who(tickets))
             unknown = BackendError(f"{self._name} failed to run the request; the server's log has the reason")
             answers = self._fail(tickets, unknown, FailureReason.OTHER)
-        if self._access_log is not None:
-            self._access_log.ran(tickets, answers, taken)
+        if self._records is not None:
+            times, self._times = self._times, None
+            self._ended = _Ended(tickets, answers, taken, times)
         return answers
 
     def _fail(self, tickets: Sequence[Ticket], error: HeadraceError, reason: FailureReason) -> list[Answer]:
@@ -111,12 +114,17 @@ class BatchRunner:
         if self.screen_outputs:
             self._shard.record_nonfinite(count_nonfinite(self._signature, tickets, wanted, arrays))
         self._shard.record_batch(times)
+        if self._records is not None:
+            self._times = times
         if self._observers:
             self._ran = RanBatch(tickets, rows, inputs, names, arrays, times.done)
         return answers
 
     def show(self) -> None:
-        """Let the observers see the batch that has just run. To be called once its answers have left."""
+        """Let the records and the observers have the batch that has just run. To be called once its answers have left."""
+        if self._records is not None and self._ended is not None:
+            ended, self._ended = self._ended, None
+            self._records.ran(*ended)
         ran, self._ran = self._ran, None
         if ran is not None:
             for observer in self._observers:
@@ -131,6 +139,22 @@ class BatchRunner:
                     f"output '{self._output_names[index]}' of '{self._name}': expected {rows} rows, got shape {tuple(array.shape)}; "
                     "the model does not keep the batch dimension, set max_batch_size = 0 in its model.toml"
                 )
+
+
+class _Ended(NamedTuple):
+    tickets: Sequence[Ticket]
+    answers: Sequence[Answer]
+    taken: float
+    times: BatchTimes | None
+
+
+def _who(tickets: Sequence[Ticket]) -> dict[str, list[str]]:
+    """Ids by which a line of the log and its requests find each other; a few of them, as a batch can be of a thousand."""
+    traces = [ticket.reply.caller.trace for ticket in tickets if ticket.reply.caller is not None]
+    ids = {"request_ids": [ticket.id for ticket in tickets if ticket.id][:8]}
+    if any(traces):
+        ids["trace_ids"] = [f"{trace.trace_id:032x}" for trace in traces if trace is not None][:8]
+    return ids
 
 
 @dataclass(frozen=True, slots=True)

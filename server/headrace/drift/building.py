@@ -25,6 +25,8 @@ MOST_CATEGORIES = 50
 FEW_DIFFERENT = 32
 """Integers of which there are no more different ones are categories, not numbers."""
 _SEED = 20220301
+_JUDGED = np.dtype([("confidence", np.float64), ("is_right", np.bool_)])
+_ANSWER = (Extract.CLASS, Extract.CONFIDENCE)
 
 
 class ReferenceBuilder:
@@ -36,14 +38,15 @@ class ReferenceBuilder:
         self._bins = bins
         self._columns: dict[Feature, _Column] = {}
         self._random = np.random.default_rng(_SEED)
-        self._right: list[Array] = []
+        self._judged = _Column(_JUDGED, self._random.spawn(1)[0])
+        self._right = self._labelled = 0
         self.rows = 0
 
     def __repr__(self) -> str:
         return f"ReferenceBuilder({self._model}, {self.rows} rows, {len(self._columns)} features)"
 
-    def add(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, is_right: Array | None = None) -> None:
-        """Rows of a batch, as BatchCounter takes them. `is_right`: whether each row's class was the true one."""
+    def add(self, inputs: Mapping[str, Array], outputs: Mapping[str, Array], rows: int, truth: Array | None = None) -> None:
+        """Rows of a batch, as BatchCounter takes them. `truth`: the number of each row's true class."""
         if self._plan.undecided:
             self._plan = settle(self._plan, outputs)
         groups: dict[tuple[Side, str], list[Feature]] = {}
@@ -61,9 +64,29 @@ class ReferenceBuilder:
             for feature in features:
                 if feature.kind is Kind.CATEGORICAL:
                     self._column(feature, array).add(categories(array, feature))
-        if is_right is not None:
-            self._right.append(is_right)
+        if truth is not None:
+            self._judge(outputs, truth)
         self.rows += rows
+
+    def _judge(self, outputs: Mapping[str, Array], truth: Array) -> None:
+        scored = self.scored
+        if scored is None or scored[1].tensor not in outputs:
+            return
+        array = outputs[scored[1].tensor]
+        judged = np.empty(len(truth), _JUDGED)
+        judged["confidence"] = numbers(array, [scored[1]])[:, 0]
+        judged["is_right"] = categories(array, scored[0]) == truth
+        self._judged.add(judged)
+        self._right += int(judged["is_right"].sum())
+        self._labelled += len(truth)
+
+    @property
+    def scored(self) -> tuple[Feature, Feature] | None:
+        """Class and confidence of the output with the scores of classes, the first one where there are several."""
+        by_extract = {extract: [each for each in self._plan.features if each.extract is extract] for extract in _ANSWER}
+        first = next(iter(by_extract[Extract.CLASS]), None)
+        confidence = next((each for each in by_extract[Extract.CONFIDENCE] if first is not None and each.tensor == first.tensor), None)
+        return (first, confidence) if first is not None and confidence is not None else None
 
     def _column(self, feature: Feature, array: Array) -> _Column:
         column = self._columns.get(feature)
@@ -79,14 +102,10 @@ class ReferenceBuilder:
         features = [_describe(feature, self._columns[feature], self._bins) for feature in self._plan.features if feature in self._columns]
         silent = [f"{each.side.value} '{each.tensor}': no data" for each in self._plan.features if each not in self._columns]
         calibration, accuracy = None, -1.0
-        confident = next((each for each in self._columns if each.extract is Extract.CONFIDENCE), None)
-        if self._right and confident is not None:
-            right = np.concatenate(self._right)
-            accuracy = float(right.mean())
-            sample = self._columns[confident].values()
-            # Sampled rows have lost which of the labels are theirs.
-            if len(sample) == len(right):
-                calibration = fit(confident.tensor, sample, right)
+        if self._labelled and self.scored is not None:
+            judged = self._judged.values()
+            accuracy = self._right / self._labelled
+            calibration = fit(self.scored[0].tensor, judged["confidence"], judged["is_right"])
         return Reference(
             self._model,
             source,

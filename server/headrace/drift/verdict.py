@@ -83,9 +83,9 @@ class DriftReport:
     """Everything that is known of one version's drift at a moment.
 
     `reference` is None while it is learnt: `learnt_rows` of `learn_rows`. `totals`: all live counts since the version went live, on
-    that reference. `seen_rows` were counted, `skipped_rows` left out to stay within the budget, `dropped_rows` because the hand-off was
-    full. `history`: verdicts of ended tumbling windows, oldest first. `slow`: by feature index, evidence of slow drift, which raises an
-    alert at 1. `config`: what it is judged by; None in a report that came from another process.
+    that reference; `latest`: those of the window `tumbling`. `seen_rows` were counted, `skipped_rows` left out to stay within the
+    budget, `dropped_rows` because the hand-off was full. `history`: verdicts of ended tumbling windows, oldest first. `slow`: by feature
+    index, evidence of slow drift, which raises an alert at 1. `config`: what it is judged by; None in a report from another process.
     """
 
     model: str
@@ -94,6 +94,7 @@ class DriftReport:
     learnt_rows: int = 0
     learn_rows: int = 0
     totals: Counts | None = None
+    latest: Counts | None = None
     seen_rows: int = 0
     skipped_rows: int = 0
     dropped_rows: int = 0

@@ -28,7 +28,7 @@ from headrace.drift.judgement import Histograms, judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
 from headrace.drift.reference_file import identified
-from headrace.drift.sampling import Budget
+from headrace.drift.sampling import SAVED, Budget
 from headrace.drift.sequential import SlowDrift
 from headrace.drift.verdict import Alert, DriftReport, WindowVerdict
 from headrace.drift.window import Window, Windows
@@ -112,6 +112,8 @@ class DriftWatch:
         self._countdown -= 1
         if self._countdown > 0 and batch.done < self._due:
             return
+        if batch.done > self._due + SAVED:
+            self._budget.rest()
         self._countdown, self._due = self._budget.stride, batch.done + LONGEST_PAUSE
         if self._is_closed:
             return
@@ -153,6 +155,7 @@ class DriftWatch:
                 learnt_rows=builder.rows if builder is not None else 0,
                 learn_rows=self._config.learn_rows if builder is not None else 0,
                 totals=compared.totals.copy() if compared is not None else None,
+                latest=compared.latest if compared is not None else None,
                 seen_rows=self._seen,
                 skipped_rows=max(rows - self._seen - self._dropped - self._pending_rows(), 0),
                 dropped_rows=self._dropped,
@@ -272,6 +275,7 @@ class DriftWatch:
         found = findings(reference, window.counts, tumbling, sliding, evidence)
         with self._lock:
             self._history.append(tumbling)
+            compared.latest = window.counts
             self._sliding = sliding
             self._evidence = evidence
             if self._is_closed:
@@ -292,12 +296,13 @@ class DriftWatch:
 class _Compared:
     """What there is once there is a reference."""
 
-    __slots__ = ("counter", "histograms", "reference", "slow", "totals", "windows")
+    __slots__ = ("counter", "histograms", "latest", "reference", "slow", "totals", "windows")
 
     def __init__(self, reference: Reference, config: DriftConfig) -> None:
         self.reference = reference
         self.counter = BatchCounter(reference)
         self.totals = Counts.zero(reference)
+        self.latest: Counts | None = None
         self.windows = Windows(reference, config, time.time())
         self.histograms = Histograms(reference)
         self.slow = SlowDrift(reference, config, self.histograms)

@@ -211,12 +211,15 @@ def _settle(
     config: ModelConfig, kind: str, specs: Sequence[TensorSpec], overrides: Sequence[TensorConfig], is_batching: bool
 ) -> tuple[TensorSpec, ...]:
     by_name = {override.name: override for override in overrides}
-    nothing = TensorConfig()
     try:
-        return tuple(_apply(kind, spec, by_name.get(spec.name, nothing), is_batching) for spec in specs)
+        return tuple(_apply(kind, spec, by_name.get(spec.name, _NOTHING), is_batching) for spec in specs)
     except ConfigError as error:
         reason = str(error)
     raise ConfigError(f"{_source(config)}: {reason}")
+
+
+_NOTHING = TensorConfig()
+_OF_INPUTS = ("minimum", "maximum", "finite", "categories", "limits", "on_invalid")
 
 
 def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: bool) -> TensorSpec:
@@ -224,6 +227,10 @@ def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: boo
         raise ConfigError(f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}")
     if kind == "input" and override.labels:
         raise ConfigError(f"input '{spec.name}': labels are for outputs")
+    if kind == "output":
+        for key in _OF_INPUTS:
+            if getattr(override, key) != getattr(_NOTHING, key):
+                raise ConfigError(f"output '{spec.name}': {key} is for inputs")
     if override.optional and not spec.optional:
         raise ConfigError(f"{kind} '{spec.name}': the model cannot do without it, the configuration says optional")
     shape = spec.shape

@@ -25,8 +25,8 @@ from headrace.lifecycle.view import IndexEntry, Submits
 from headrace.lifecycle.wanted import Offer, make_offer
 from headrace.requests import InferRequest
 from headrace.sources.base import Listing, Source
-from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.log import get_logger
+from headrace.telemetry.records import RequestRecords
 
 log = get_logger(__name__)
 
@@ -47,7 +47,7 @@ class ModelManager:
         schedule: Schedule = at_once,
         *,
         load_concurrency: int = 2,
-        access_log: AccessLog | None = None,
+        records: RequestRecords | None = None,
         drift: DriftMonitors | None = None,
         drain_grace: float = 30.0,
         pause: float = PAUSE,
@@ -74,7 +74,7 @@ class ModelManager:
             slots=asyncio.Semaphore(load_concurrency),
             tasks=self._tasks,
             events=self.event_log,
-            access_log=access_log,
+            records=records,
             drift=drift,
             interference=self._interference.__getitem__,
             drain_grace=drain_grace,

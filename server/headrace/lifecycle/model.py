@@ -235,7 +235,7 @@ class Model:
             self.offer.versions[key.number],
             timer=self._parts.timer,
             schedule=self._parts.schedule,
-            access_log=self._parts.access_log,
+            records=self._parts.records,
             interference=self._parts.interference,
             drift=self._parts.drift,
             on_change=self._version_changed,

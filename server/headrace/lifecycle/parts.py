@@ -13,7 +13,7 @@ from headrace.drift.monitor import DriftMonitors
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.version import ModelVersion
-from headrace.telemetry.access_log import AccessLog
+from headrace.telemetry.records import RequestRecords
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +27,7 @@ class Parts:
     slots: asyncio.Semaphore
     tasks: Tasks
     events: EventLog
-    access_log: AccessLog | None
+    records: RequestRecords | None
     drift: DriftMonitors | None
     interference: Callable[[str], Interference]
     drain_grace: float

@@ -27,15 +27,16 @@ from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
 from headrace.requests import InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
-from headrace.telemetry.access_log import AccessLog, VersionAccessLog
 from headrace.telemetry.counters import FailureReason, VersionCounters
 from headrace.telemetry.log import get_logger
+from headrace.telemetry.records import RequestRecords
 from headrace.threads import patient
 from headrace.wire.codec import ResponseEncoder
 
@@ -61,7 +62,7 @@ class ModelVersion:
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
-        access_log: AccessLog | None = None,
+        records: RequestRecords | None = None,
         interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
         on_change: Callable[[ModelVersion], None],
@@ -85,10 +86,11 @@ class ModelVersion:
         self.load_seconds = 0.0
         self._timer = timer
         self._schedule = schedule
-        self._access_log = VersionAccessLog(access_log, want.model, want.version) if access_log else None
+        self._records = records.of_version(want.model, want.version, self.counters.exemplars) if records is not None else None
         self._interference = interference
         self._drift = drift
         self._watch: DriftWatch | None = None
+        self._checks: ValueChecks | None = None
         self._on_change = on_change
         self._pause = pause
         self._clock = clock
@@ -165,7 +167,7 @@ class ModelVersion:
         signature, batching, cancel = effective.signature, effective.batching, batcher.cancel_reply
         for request, reply in calls:
             try:
-                ticket = make_ticket(signature, batching, request, reply, arrived)
+                ticket = make_ticket(signature, batching, request, reply, arrived, self._checks)
             except HeadraceError as error:
                 batcher.count_failure(FailureReason.OTHER)
                 refused.append((request, reply, error.with_traceback(None)))
@@ -204,6 +206,7 @@ class ModelVersion:
             self._on_change(self)
             await self._leave
             effective, before = inspection.effective, predecessor()
+            self._checks = make_checks(effective, inspection.reference, self.counters.count_invalid)
             pause = self._pause if before is not None else 0.0
             await asyncio.sleep(pause)
             async with slots:
@@ -341,12 +344,12 @@ class ModelVersion:
             timer=self._timer(),
             schedule=self._schedule,
             shard=counters.shard(),
-            on_dropped=self._access_log.dropped if self._access_log else None,
+            on_dropped=self._records.dropped if self._records is not None else None,
         )
         observers = [self._watch] if self._watch is not None else []
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._access_log, observers)
+            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
             self._runners.append(runner)
             if inline:
                 worker.serve_inline(batcher, runner, inline)

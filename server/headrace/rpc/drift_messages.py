@@ -50,6 +50,7 @@ def decode_report(message: pb.DriftReport) -> DriftReport:
         learnt_rows=message.learnt_rows,
         learn_rows=message.learn_rows,
         totals=None if reference is None else _decode_totals(message, reference),
+        latest=None if reference is None else _decode_latest(message, reference),
         seen_rows=message.seen_rows,
         skipped_rows=message.skipped_rows,
         dropped_rows=message.dropped_rows,
@@ -120,6 +121,7 @@ def _encode_feature(index: int, reference: Reference, report: DriftReport) -> pb
         mean=each.mean,
         deviation=each.deviation,
         live=None if report.totals is None else _encode_live(index, Layout(reference), report.totals),
+        latest=None if report.latest is None else _encode_live(index, Layout(reference), report.latest),
         slow=report.slow.get(index, 0.0),
     )
 
@@ -155,16 +157,18 @@ def _decode_feature(message: pb.DriftFeature) -> FeatureReference:
 
 
 def _decode_totals(message: pb.DriftReport, reference: Reference) -> Counts | None:
-    features = message.reference.features
-    if not all(feature.HasField("live") for feature in features):
+    counts = _decode_counts([feature.live for feature in message.reference.features if feature.HasField("live")], reference)
+    if counts is None:
         return None
-    counts, layout = Counts.zero(reference), Layout(reference)
-    for index, feature in enumerate(features):
-        layout.bins(counts, index)[:] = list(feature.live.counts)
-        layout.quality(counts, index)[:] = [getattr(feature.live, name) for name in QUALITY]
-        counts.sums[index], counts.squares[index] = feature.live.sum, feature.live.squares
     counts.rows = message.compared_rows
     counts.judged, counts.correct, counts.correct_variance = message.judged_rows, message.correct, message.correct_variance
+    return counts
+
+
+def _decode_latest(message: pb.DriftReport, reference: Reference) -> Counts | None:
+    counts = _decode_counts([feature.latest for feature in message.reference.features if feature.HasField("latest")], reference)
+    if counts is not None:
+        counts.rows = message.tumbling.rows
     return counts
 
 
@@ -192,6 +196,18 @@ def _decode_window(message: pb.DriftWindow) -> WindowVerdict:
         estimated_error=message.estimated_error,
         reference_accuracy=message.reference_accuracy,
     )
+
+
+def _decode_counts(lives: list[pb.DriftLive], reference: Reference) -> Counts | None:
+    """None unless there is one of each feature. How many rows they are of is not in them."""
+    if len(lives) < len(reference.features):
+        return None
+    counts, layout = Counts.zero(reference), Layout(reference)
+    for index, live in enumerate(lives):
+        layout.bins(counts, index)[:] = list(live.counts)
+        layout.quality(counts, index)[:] = [getattr(live, name) for name in QUALITY]
+        counts.sums[index], counts.squares[index] = live.sum, live.squares
+    return counts
 
 
 def _encode_alert(alert: Alert) -> pb.DriftAlert:

@@ -7,11 +7,12 @@ import uuid
 
 from headrace.errors import HeadraceError, ServerError
 from headrace.telemetry.log import get_logger
+from headrace.telemetry.trace_context import TraceContext
 
 log = get_logger(__name__)
 
 
-def as_known(error: BaseException, call: str, request_id: str = "") -> HeadraceError:
+def as_known(error: BaseException, call: str, request_id: str = "", trace: TraceContext | None = None) -> HeadraceError:
     """`error` itself when it is ours. Else its traceback goes to the log, and the caller gets a fixed sentence with an id to quote.
 
     What is returned refers to no frames: those hold the call's message and the call itself, which holds its answer, and all of it
@@ -21,7 +22,8 @@ def as_known(error: BaseException, call: str, request_id: str = "") -> HeadraceE
         error.__traceback__ = error.__context__ = error.__cause__ = None
         return error
     request_id = request_id or uuid.uuid4().hex[:16]
-    log.error("call failed", call=call, request_id=request_id, exc_info=error)
+    where = {} if trace is None else {"trace_id": f"{trace.trace_id:032x}"}
+    log.error("call failed", call=call, request_id=request_id, **where, exc_info=error)
     return ServerError(f"internal error; the server's log has the reason under request id {request_id}")
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
-from headrace.errors import HeadraceError, NotReady
+from headrace.errors import NotReady
 from headrace.lifecycle.view import Call, ModelsView, Submits
-from headrace.requests import InferRequest, Reply
+from headrace.requests import Caller, InferRequest, Reply
 from headrace.rpc.guard import as_known
-from headrace.telemetry.access_log import AccessLog
+from headrace.telemetry.records import Metadata, RequestRecords
 from headrace.wire.request_layouts import RequestDecoder
 from headrace.wire.shared_memory import Regions, place
 
@@ -21,9 +21,12 @@ would mean that versions change faster than one request is handed over."""
 class InferenceService:
     """Owns the decoder's memory of what requests look like, nothing else; any thread."""
 
-    def __init__(self, models: ModelsView, access_log: AccessLog | None = None, regions: Regions | None = None) -> None:
+    def __init__(self, models: ModelsView, records: RequestRecords | None = None, regions: Regions | None = None) -> None:
         self._models = models
-        self._access_log = access_log
+        self._records = records
+        self.identify: Callable[[Metadata, str], Caller | None] | None = records.identify if records is not None else None
+        """What transports are to make each `reply.caller` with, of the call's metadata and its peer; it costs too much to do it for
+        nobody."""
         self._regions = regions
         self._decode = RequestDecoder().decode
 
@@ -80,30 +83,11 @@ class InferenceService:
             self._refuse(request, reply, final, arrived)
 
     def _refuse(self, request: InferRequest | None, reply: Reply, error: Exception, arrived: float) -> None:
-        known = as_known(error, "ModelInfer", request.id if request else "")
-        if self._access_log is not None:
-            self._record_refusal(self._access_log, request, reply, known, arrived)
+        caller = reply.caller
+        known = as_known(error, "ModelInfer", request.id if request else "", caller.trace if caller is not None else None)
+        if self._records is not None:
+            self._records.refused(request, reply, known, arrived)
         reply.fail(known)
-
-    @property
-    def wants_peer(self) -> bool:
-        """Whether transports should set `reply.peer`; it costs too much to do it for nobody."""
-        return self._access_log is not None
-
-    @staticmethod
-    def _record_refusal(access_log: AccessLog, request: InferRequest | None, reply: Reply, error: HeadraceError, arrived: float) -> None:
-        access_log.record(
-            id=request.id if request else "",
-            model=request.model if request else "",
-            version=0,
-            code=error.code.value,
-            rows=0,
-            batch_rows=0,
-            queue=0.0,
-            compute=0.0,
-            total=time.monotonic() - arrived,
-            peer=reply.peer,
-        )
 
     def _submit(self, request: InferRequest, reply: Reply, arrived: float) -> None:
         for attempt in range(1, MAX_RESOLVES + 1):

@@ -1,10 +1,12 @@
-"""Our errors as gRPC's statuses: the table of codes, and the text."""
+"""Our errors as gRPC's statuses: the table of codes, and the text; and what else goes into the trailers."""
 
 from __future__ import annotations
 
 import grpc
 
 from headrace.errors import Code, HeadraceError
+from headrace.requests import Reply
+from headrace.telemetry.trace_context import encode_traceresponse
 
 STATUS: dict[Code, grpc.StatusCode] = {code: grpc.StatusCode[code.value] for code in Code}
 
@@ -25,3 +27,12 @@ def status_details(error: HeadraceError) -> str:
     if len(encoded) <= MAX_DETAILS_BYTES:
         return encoded.decode()
     return encoded[: MAX_DETAILS_BYTES - 3].decode("utf-8", "ignore") + "..."
+
+
+def answer_metadata(reply: Reply) -> tuple[tuple[str, str], ...] | None:
+    """What an answer's trailers say beside its status: of a traced request, where its spans are, so that its caller finds them also
+    where the trace began here. None for nothing."""
+    caller = reply.caller
+    if caller is None or caller.trace is None or not caller.trace.is_sampled:
+        return None
+    return (("traceresponse", encode_traceresponse(caller.trace)),)

@@ -11,20 +11,40 @@ import json
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
-from headrace.errors import HeadraceError
-from headrace.requests import Answer, Ticket
+from headrace.requests import Caller
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 
-FIELDS = ("ts", "id", "model", "version", "code", "rows", "batch_rows", "queue", "compute", "total", "peer")
-"""Seconds for `queue`, `compute` and `total`. `batch_rows` is what the request ran together with, 0 where it never ran."""
+FIELDS = (
+    "ts", "id", "model", "version", "code", "rows", "batch", "batch_rows", "queue", "compute", "total", "peer", "user_agent",
+)  # fmt: skip
+"""In every line; docs/access-log.md has their meaning. `trace_id`, `span_id` and `error` follow where there is one."""
 
-_Record = tuple[float, str, str, int, str, int, int, float, float, float, str]
+_MAX_ERROR = 300
+"""Characters of an error's text: some quote what the client sent."""
+
+
+class Entry(NamedTuple):
+    """One request that has ended. Seconds for `queue`, `compute` and `total`; `batch` and `batch_rows` are 0 where it never ran."""
+
+    id: str
+    model: str
+    version: int
+    code: str
+    rows: int
+    batch: int
+    batch_rows: int
+    queue: float
+    compute: float
+    total: float
+    caller: Caller | None = None
+    error: str = ""
+
 
 _encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False).encode
 
@@ -39,7 +59,7 @@ class AccessLog:
         self._interval = interval
         self._max_pending = max_pending
         self._wall_clock = wall_clock
-        self._pending: deque[_Record] = deque()
+        self._pending: deque[tuple[float, Entry]] = deque()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._reported = 0
@@ -61,30 +81,17 @@ class AccessLog:
         else:
             self._flush_or_report()
 
-    def record(
-        self,
-        *,
-        id: str,
-        model: str,
-        version: int,
-        code: str,
-        rows: int,
-        batch_rows: int,
-        queue: float,
-        compute: float,
-        total: float,
-        peer: str,
-    ) -> None:
+    def record(self, entry: Entry) -> None:
         """Note one settled request. Never blocks and never raises; when the stream does not keep up the record is dropped."""
         if len(self._pending) >= self._max_pending:
             self.dropped += 1
             return
         # append and popleft of a deque are atomic, so that neither side needs a lock.
-        self._pending.append((self._wall_clock(), id, model, version, code, rows, batch_rows, queue, compute, total, peer))
+        self._pending.append((self._wall_clock(), entry))
 
     def flush(self) -> int:
         """Write all that is pending now, from the writer's thread or after it has ended. Returns how many records."""
-        lines = [_format(self._pending.popleft()) for _ in range(len(self._pending))]
+        lines = [_format(*self._pending.popleft()) for _ in range(len(self._pending))]
         if lines:
             self._stream.write("".join(lines))
             self._stream.flush()
@@ -107,45 +114,17 @@ class AccessLog:
             self._reported = self.dropped
 
 
-class VersionAccessLog:
-    """The access log from the point of view of one model version: what its batcher and its workers report."""
-
-    def __init__(self, access_log: AccessLog, model: str, version: int) -> None:
-        self._access_log = access_log
-        self._model = model
-        self._version = version
-
-    def ran(self, tickets: Sequence[Ticket], answers: Sequence[Answer], taken: float) -> None:
-        """A batch that began at `taken` has just ended with these answers."""
-        now = time.monotonic()
-        batch_rows = sum(ticket.rows for ticket in tickets)
-        for ticket, answer in zip(tickets, answers, strict=True):
-            self._record(ticket, answer, batch_rows, taken - ticket.arrived, now - taken, now)
-
-    def dropped(self, tickets: Sequence[Ticket], error: HeadraceError) -> None:
-        """These left the queue unrun: cancelled, expired, or cut off by a shutdown."""
-        now = time.monotonic()
-        for ticket in tickets:
-            self._record(ticket, error, 0, now - ticket.arrived, 0.0, now)
-
-    def _record(self, ticket: Ticket, answer: Answer, batch_rows: int, queue: float, compute: float, now: float) -> None:
-        self._access_log.record(
-            id=ticket.id,
-            model=self._model,
-            version=self._version,
-            code=answer.code.value if isinstance(answer, HeadraceError) else "OK",
-            rows=ticket.rows,
-            batch_rows=batch_rows,
-            queue=queue,
-            compute=compute,
-            total=now - ticket.arrived,
-            peer=ticket.reply.peer,
-        )
-
-
-def _format(record: _Record) -> str:
-    ts, request_id, model, version, code, rows, batch_rows, queue, compute, total, peer = record
+def _format(ts: float, entry: Entry) -> str:
+    id, model, version, code, rows, batch, batch_rows, queue, compute, total, caller, error = entry
     when = datetime.fromtimestamp(ts, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
     seconds = (round(queue, 6), round(compute, 6), round(total, 6))
-    values = (when, request_id, model, version, code, rows, batch_rows, *seconds, peer)
-    return _encode(dict(zip(FIELDS, values, strict=True))) + "\n"
+    peer, user_agent, trace = (caller.peer, caller.user_agent, caller.trace) if caller is not None else ("", "", None)
+    values = (when, id, model, version, code, rows, batch, batch_rows, *seconds, peer, user_agent)
+    line: dict[str, object] = dict(zip(FIELDS, values, strict=True))
+    if trace is not None:
+        line["trace_id"] = f"{trace.trace_id:032x}"
+        if trace.is_sampled:
+            line["span_id"] = f"{trace.span_id:016x}"
+    if error:
+        line["error"] = error[:_MAX_ERROR]
+    return _encode(line) + "\n"

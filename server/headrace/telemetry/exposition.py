@@ -52,18 +52,32 @@ class Family:
 
 
 class HistogramFamily(Family):
-    """A histogram over fixed edges."""
+    """A histogram over fixed edges. Exemplars are in OpenMetrics alone: plain text has no place for them."""
 
-    __slots__ = ("_bounds",)
+    __slots__ = ("_bounds", "_exemplars")
 
     def __init__(self, name: str, documentation: str, edges: Iterable[float]) -> None:
         super().__init__(name, "histogram", documentation)
         self._bounds = [f'le="{bound}"}} ' for bound in (*map(float, edges), "+Inf")]
+        self._exemplars: dict[int, str] = {}
 
-    def add_histogram(self, labels: str, counts: Sequence[int], total: float) -> None:
-        """`counts`: per bucket, not cumulative, one for each edge and one beyond the last; `total`: the sum of all observed."""
+    def add_histogram(self, labels: str, counts: Sequence[int], total: float, exemplars: Sequence[object | None] = ()) -> None:
+        """`counts`: per bucket, not cumulative, one for each edge and one beyond the last; `total`: the sum of all observed.
+
+        `exemplars`: none at all, or one entry a bucket, which as text is what OpenMetrics writes behind it.
+        """
         start = f"{self._name}_bucket{{{labels},"
         cumulative = list(accumulate(counts))
+        first = len(self._lines)
+        self._exemplars.update((first + bucket, str(one)) for bucket, one in enumerate(exemplars) if one is not None)
         self._lines += [f"{start}{bound}{count}" for bound, count in zip(self._bounds, cumulative, strict=True)]
         self._lines.append(f"{self._name}_count{{{labels}}} {cumulative[-1]}")
         self._lines.append(f"{self._name}_sum{{{labels}}} {total}")
+
+    def lines(self, is_openmetrics: bool) -> list[str]:
+        lines = super().lines(is_openmetrics)
+        if is_openmetrics:
+            head = len(lines) - len(self._lines)
+            for position, exemplar in self._exemplars.items():
+                lines[head + position] += f" {exemplar}"
+        return lines

@@ -58,6 +58,8 @@ def configure_logging(format: str, level: str, stream: TextIO | None = None) -> 
     root.handlers = [handler]
     root.setLevel(level.upper())
     logging.captureWarnings(True)
+    # Each attempt to reach a collector that is away; that spans are lost stays an error.
+    logging.getLogger("opentelemetry.exporter").setLevel(logging.ERROR)
     # It tells of each batch of changes; what comes of them is told by us.
     logging.getLogger("watchfiles").setLevel(logging.WARNING)
 

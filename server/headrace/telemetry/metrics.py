@@ -17,6 +17,7 @@ from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import VersionView
 from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapshot, DispatchReason, DropCause, FailureReason, Stage
 from headrace.telemetry.drift_metrics import DriftFamilies
+from headrace.telemetry.exemplars import Exemplars
 from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
 from headrace.telemetry.machine import MachineCollector
 from headrace.telemetry.shadow_metrics import shadow_lines
@@ -90,6 +91,7 @@ class VersionFamilies:
         self._states = Family("headrace_version_state", "gauge", "1 for the state that a version is in.")
         self._requests = Family("headrace_requests_total", "counter", "Requests by how they ended.")
         self._dispatches = Family("headrace_dispatches_total", "counter", "Batches by why they were started.")
+        self._invalid = Family("headrace_invalid_values_total", "counter", "Values of inputs that model.toml does not allow.")
         self._drops = Family("headrace_drops_total", "counter", "Requests of no use, by why: not answered in time, or too late.")
         self._latencies = Family("headrace_batch_latency_seconds", "gauge", "What a batch of so many rows is expected to take now.")
         self._worthwhile = Family("headrace_worthwhile_rows", "gauge", "Rows beyond which another request is not added to a batch.")
@@ -107,9 +109,11 @@ class VersionFamilies:
         if version.state is not VersionState.UNLOADED:
             self._states.add(f'{labels},state="{version.state.value}"', 1)
         if version.state in _COUNTED_STATES:
-            self._add_counts(labels, version.counters.snapshot())
+            self._add_counts(labels, version.counters.snapshot(), version.counters.exemplars)
             for family, measure in self._gauges:
                 family.add(labels, measure(version))
+            for (tensor, problem, action), count in version.counters.invalid_values.items():
+                self._invalid.add(f"{labels},{format_labels({'tensor': tensor, 'problem': problem, 'action': action})}", count)
             if version.latency_stats is not None:
                 self._add_latencies(labels, version.latency_stats)
 
@@ -120,9 +124,9 @@ class VersionFamilies:
         self._worthwhile.add(labels, stats.worthwhile)
         self._interference.add(labels, stats.factor)
 
-    def _add_counts(self, labels: str, counts: CounterSnapshot) -> None:
+    def _add_counts(self, labels: str, counts: CounterSnapshot, exemplars: Exemplars) -> None:
         for histogram, stage in self._stages:
-            histogram.add_histogram(labels, counts.buckets[stage], counts.seconds[stage])
+            histogram.add_histogram(labels, counts.buckets[stage], counts.seconds[stage], exemplars.of(stage))
         self._rows.add_histogram(labels, counts.row_buckets, counts.rows)
         for counter, count in self._counters:
             counter.add(labels, count(counts))
@@ -137,7 +141,7 @@ class VersionFamilies:
             self._drops.add(f'{labels},cause="{cause.name.lower()}"', counts.drops[cause])
 
     def lines(self, is_openmetrics: bool) -> list[str]:
-        families = [self._states, self._requests, self._dispatches, self._drops, self._failures, self._rows]
+        families = [self._states, self._requests, self._dispatches, self._drops, self._invalid, self._failures, self._rows]
         families += [self._latencies, self._worthwhile, self._interference]
         families += [family for family, _ in (*self._stages, *self._counters, *self._gauges)]
         return [line for family in families for line in family.lines(is_openmetrics)]

@@ -5,7 +5,9 @@ import json
 import threading
 
 import pytest
-from headrace.telemetry.access_log import FIELDS, AccessLog
+from headrace.requests import Caller
+from headrace.telemetry.access_log import FIELDS, AccessLog, Entry
+from headrace.telemetry.trace_context import TraceContext
 
 NEVER = 1e6
 
@@ -25,12 +27,11 @@ class WatchedStream(io.StringIO):
         return count
 
 
-def record(log: AccessLog, id: str = "7", **changes: object) -> None:
-    values: dict[str, object] = {
-        "id": id, "model": "mlp", "version": 2, "code": "OK", "rows": 1, "batch_rows": 8,
-        "queue": 0.0001234567, "compute": 0.002, "total": 0.0025, "peer": "ipv4:127.0.0.1:4242",
-    }  # fmt: skip
-    log.record(**(values | changes))  # type: ignore[arg-type]
+ENTRY = Entry("7", "mlp", 2, "OK", 1, 3, 8, 0.0001234567, 0.002, 0.0025, Caller("ipv4:127.0.0.1:4242", "grpc-python/1.80"))
+
+
+def record(log: AccessLog, id: str = "7", caller: Caller | None = ENTRY.caller, **changes: str) -> None:
+    log.record(ENTRY._replace(id=id, caller=caller, **changes))  # type: ignore[arg-type]
 
 
 def lines(stream: io.StringIO) -> list[dict[str, object]]:
@@ -45,8 +46,35 @@ def test_a_record_has_all_fields_and_the_time_of_the_answer() -> None:
     (line,) = lines(stream)
     assert tuple(line) == FIELDS
     assert list(line.values()) == [
-        "2023-11-14T22:13:20.500Z", "7", "mlp", 2, "OK", 1, 8, 0.000123, 0.002, 0.0025, "ipv4:127.0.0.1:4242",
+        "2023-11-14T22:13:20.500Z", "7", "mlp", 2, "OK", 1, 3, 8, 0.000123, 0.002, 0.0025, "ipv4:127.0.0.1:4242", "grpc-python/1.80",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("trace", "expected"),
+    [
+        (TraceContext(0xABC, 0xDEF, 1), {"trace_id": f"{0xABC:032x}", "span_id": f"{0xDEF:016x}"}),
+        (TraceContext(0xABC, parent_id=1), {"trace_id": f"{0xABC:032x}"}),  # its caller's, and not sampled
+        (None, {}),
+    ],
+)
+def test_a_record_names_its_trace_where_there_is_one(trace: TraceContext | None, expected: dict[str, str]) -> None:
+    stream = io.StringIO()
+    log = AccessLog(stream)
+    record(log, caller=Caller("unix:", "", trace))
+    log.flush()
+    (line,) = lines(stream)
+    assert {key: value for key, value in line.items() if key not in FIELDS} == expected
+
+
+def test_a_failed_request_says_why_at_bounded_length() -> None:
+    stream = io.StringIO()
+    log = AccessLog(stream)
+    record(log, code="NOT_FOUND", error="unknown model " + "x" * 10_000)
+    log.flush()
+    (line,) = lines(stream)
+    assert str(line["error"]).startswith("unknown model xx")
+    assert len(str(line["error"])) == 300
 
 
 def test_many_records_are_one_write_in_their_order() -> None:
@@ -69,7 +97,7 @@ def test_nothing_pending_writes_nothing() -> None:
 def test_ids_of_clients_cannot_break_a_line() -> None:
     stream = io.StringIO()
     log = AccessLog(stream)
-    record(log, id='"}\n{"id":"forged', peer="unix:é")
+    record(log, id='"}\n{"id":"forged', caller=Caller("unix:é"))
     log.flush()
     (line,) = lines(stream)
     assert (line["id"], line["peer"]) == ('"}\n{"id":"forged', "unix:é")

@@ -19,7 +19,7 @@ from headrace.rpc.guard import as_known, is_cancelled
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.peer import Peer, read_peer
-from headrace.rpc.status import STATUS, status_details
+from headrace.rpc.status import STATUS, answer_metadata, status_details
 
 Context = Any
 """grpc.aio's servicer context; it has no types."""
@@ -120,8 +120,10 @@ def serve_inference(inference: InferenceService, outlet: LoopOutlet, loop: async
     async def serve(message: bytes, context: Context) -> Answer:
         future: asyncio.Future[Answer] = loop.create_future()
         reply = FutureReply(outlet, future, reply_deadline(context))
-        if inference.wants_peer:
-            reply.peer = context.peer()
+        if inference.identify is not None:
+            reply.caller = inference.identify(context.invocation_metadata(), context.peer())
+            if trailers := answer_metadata(reply):
+                context.set_trailing_metadata(trailers)
         inference.submit(message, reply)
         try:
             return await future

@@ -41,7 +41,8 @@ class InferStream:
         self._outlet = outlet
         self._context = context
         self._deadline = reply_deadline(context)
-        self._ends_with_status = ("triton_grpc_error", "true") in context.invocation_metadata()
+        self._metadata = context.invocation_metadata()
+        self._ends_with_status = ("triton_grpc_error", "true") in self._metadata
         self._order: asyncio.Queue[_Due | None] = asyncio.Queue()
         self._due: set[_Due] = set()
         self._room = asyncio.Semaphore(MAX_DUE)
@@ -69,9 +70,13 @@ class InferStream:
 
     async def _read(self, messages: AsyncIterator[bytes]) -> None:
         loop = asyncio.get_running_loop()
+        identify = self._inference.identify
+        peer = self._context.peer() if identify is not None else ""
         async for message in messages:
             future: asyncio.Future[Answer] = loop.create_future()
             reply = FutureReply(self._outlet, future, self._deadline)
+            if identify is not None:
+                reply.caller = identify(self._metadata, peer)
             request = self._inference.submit(message, reply)
             due = _Due(reply, request, was_admitted=not future.done())
             self._due.add(due)

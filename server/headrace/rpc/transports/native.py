@@ -33,7 +33,7 @@ from headrace.rpc.admin import AdminCall
 from headrace.rpc.control import AsyncUnary, Unary
 from headrace.rpc.guard import as_known, is_cancelled
 from headrace.rpc.peer import read_peer
-from headrace.rpc.status import STATUS, status_details
+from headrace.rpc.status import STATUS, answer_metadata, status_details
 from headrace.rpc.transports.base import Services
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.rpc.transports.listeners import SOCKET_MODE, UNIX, bind_problem, clear_stale_socket
@@ -65,8 +65,7 @@ class NativeReply(Reply):
         # Not by super(): a call for each request, of a fifth of a microsecond.
         self.outlet = outlet
         self.deadline = deadline
-        self.peer = ""
-        self.ticket = self.cancel = None
+        self.caller = self.ticket = self.cancel = None
         self.call_id = call_id
         self.size = size
         self.task: asyncio.Task[None] | None = None
@@ -213,13 +212,13 @@ class _Listener:
         inferences: list[tuple[bytes, Reply]] = []
         others: list[tuple[NativeReply, Serve, bytes, str]] = []
         cancelled: list[int] = []
-        wants_peer = self._inference.wants_peer
+        identify = self._inference.identify
         size = 0
         for kind, call_id, method, message, _, details in events:
             if kind != EVENT_CALL:
                 cancelled.append(call_id)
                 continue
-            _, peer, left = details
+            metadata, peer, left = details
             reply = NativeReply(self, call_id, len(message), None if left is None else now + left)
             self._calls[call_id] = reply
             size += reply.size
@@ -227,8 +226,8 @@ class _Listener:
                 reply.cancel = self._cancel_task
                 others.append((reply, self._serves[method - 1], message, peer))
             else:
-                if wants_peer:
-                    reply.peer = peer
+                if identify is not None:
+                    reply.caller = identify(metadata, peer)
                 inferences.append((message, reply))
         if not self._count(size):
             inferences, others = self._sort_out(inferences, others)
@@ -281,6 +280,7 @@ class _Listener:
 
     def deliver(self, answers: Sequence[tuple[Reply, Answer]]) -> None:
         front, calls, limit = self._front, self._calls, self._max_message
+        is_plain = self._inference.identify is None
         size = 0
         for reply, answer in answers:
             assert isinstance(reply, NativeReply)
@@ -292,11 +292,13 @@ class _Listener:
             size += reply.size
             # Both return False when the caller has gone.
             if isinstance(answer, HeadraceError):
-                front.fail(call_id, STATUS[answer.code].value[0], status_details(answer))
+                front.fail(call_id, STATUS[answer.code].value[0], status_details(answer), answer_metadata(reply))
             elif len(answer) > limit:
                 self._fail_too_large(call_id, len(answer))
-            else:
+            elif is_plain:
                 front.respond(call_id, answer)
+            else:
+                front.respond(call_id, answer, None, answer_metadata(reply))
         with self._lock:
             self._bytes -= size
 
