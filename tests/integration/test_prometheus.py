@@ -27,11 +27,18 @@ CLEAN = load_digits().data.astype(np.float32)
 MIRRORED = np.ascontiguousarray(CLEAN[:, ::-1])
 ROWS = 400
 SETTINGS = f"""
+[[input]]
+name = "image"
+maximum = 16.0
+
 [drift]
 window_rows = {ROWS}
 budget = 0
 """
 """Every row is counted, and a window ends with the last of what a test sends."""
+WINDOWS = ("10m", "1h")
+PREFIXES = ("headrace", "replica")
+"""Of what the rules record: as they are shipped, and as `for_each_replica` changes them."""
 
 
 def send(address: str, images: np.ndarray, rows: int, seed: int) -> None:
@@ -77,6 +84,13 @@ def for_each_replica(rules: str) -> str:
     )
 
 
+def is_settled(found: Prometheus, prefix: str, window: str, rows: int) -> bool:
+    """All rows are in, and the last rule of the group was evaluated after that: those between were then as well."""
+    counted = found.total(f"{prefix}:drift_window_rows:increase{window}")
+    first, last = f"max(timestamp({prefix}:drift_window_rows:increase{window}))", f"min(timestamp({prefix}:data_quality:ratio{window}))"
+    return counted == rows and bool(found.query(f"{last} >= {first}"))
+
+
 def compare(found: Prometheus, prefix: str, window: str, reference: Reference, verdict: WindowVerdict, **only: str) -> None:
     """All that rules compute of one window against the server's own code, to the precision of floating point."""
     chosen = ",".join(f'{key}="{value}"' for key, value in only.items())
@@ -115,11 +129,8 @@ async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path
         await asyncio.to_thread(send, second.grpc_addresses[0], MIRRORED, ROWS, seed=2)
         await until(lambda: all(report_of(each).tumbling is not None for each in (first, second)))
         everything = 2 * ROWS * len(reference.features)
-        for window in ("10m", "1h"):
-            for prefix in ("headrace", "replica"):
-                await until(lambda name=f"{prefix}:drift_window_rows:increase{window}": found.total(name) == everything)  # type: ignore[misc]
-                # The statistics come after their rows in the same evaluation.
-                await until(lambda name=f"{prefix}:data_quality:ratio{window}": found.total(name) > 0)  # type: ignore[misc]
+        await until(lambda: found.total("headrace_drift_window_samples") == 2 * ROWS)
+        await until(lambda: all(is_settled(found, prefix, window, everything) for prefix in PREFIXES for window in WINDOWS))
 
         together = Counts.zero(reference)
         for server in (first, second):
@@ -127,13 +138,13 @@ async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path
             assert report.totals is not None
             assert report.tumbling is not None
             together.add(report.totals)
-            for window in ("10m", "1h"):
+            for window in WINDOWS:
                 compare(found, "replica", window, reference, report.tumbling, instance=server.http_address)
             scores = found.query(f'headrace_drift_score{{window="tumbling",stat="psi",instance="{server.http_address}"}}')
             assert sorted(scores.values()) == pytest.approx(sorted([score.psi for score in report.tumbling.scores]))
         verdict = judge(reference, together, DriftConfig(window_rows=ROWS), "tumbling", 0.0, 1.0)
         assert verdict.rows == 2 * ROWS
-        for window in ("10m", "1h"):
+        for window in WINDOWS:
             compare(found, "headrace", window, reference, verdict)
         # Mirrored digits are found although half of the rows are clean.
         drifting = found.query("headrace:drift_psi:score1h > headrace:drift_psi:critical1h")
@@ -151,7 +162,7 @@ async def test_every_expression_finds_metrics_and_labels_that_a_server_has(tmp_p
         prometheus(tmp_path, [server.http_address], [text.replace("interval: 30s", "interval: 1s") for text in files]) as found,
     ):
         await until(lambda: len(found.query("headrace_drift_seen_rows_total")) == 2)
-        await asyncio.to_thread(send, server.grpc_addresses[0], MIRRORED, 2 * ROWS, seed=1)
+        await asyncio.to_thread(send, server.grpc_addresses[0], MIRRORED * 2, 2 * ROWS, seed=1)
         await until(lambda: report_of(server).sliding is not None)
         await until(lambda: len(found.query("headrace_drift_score")) > 0)
         exported = exported_labels(found)
