@@ -121,6 +121,9 @@ class ServerConfig:
     webhook_secret: str = _option(
         "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
     )
+    dashboard: bool = _option(
+        True, "A page for browsers at the root of the http listener: it shows what metrics and admin show, and changes nothing."
+    )
     drift: bool = _option(True, "Watch models for drift, as the [drift] of each says; off: none of them.")
     drift_webhooks: tuple[str, ...] = _option(
         (), "URLs that get each drift alert, promotion, rollback and failed load as a CloudEvent (docs/drift/act.md)."
@@ -128,6 +131,13 @@ class ServerConfig:
     drift_webhook_secret: str = _option(
         "", "What those deliveries are signed with; empty: they are not. Only as HEADRACE_DRIFT_WEBHOOK_SECRET.", secret=True
     )
+
+    capture: str = _option(
+        "", "Directory to which samples of requests and answers are written (docs/drift/capture-format.md); empty: none are."
+    )
+    capture_fraction: float = _option(1.0, "Part of the requests that is captured, of all models together.", minimum=0)
+    capture_max_per_second: float = _option(10.0, "Requests that are captured at most.", minimum=0)
+    capture_max_bytes: int = _option(1 << 30, "Size of that directory's captures; the oldest go when it is reached.", minimum=1 << 16)
 
     @property
     def sources(self) -> SourceConfig:
@@ -146,6 +156,8 @@ class ServerConfig:
             raise ConfigError(f"tracing: expected http://HOST:PORT, https://HOST:PORT, file:PATH or console, got {self.tracing!r}")
         if self.trace_fraction > 1:
             raise ConfigError(f"trace_fraction: expected 0 to 1, got {self.trace_fraction}")
+        if self.capture_fraction > 1:
+            raise ConfigError(f"capture_fraction: expected 0 to 1, got {self.capture_fraction}")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
 
@@ -291,6 +303,29 @@ class DriftConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureConfig:
+    """What of a model may be captured, where the server captures at all."""
+
+    enabled: bool = _option(True, "Whether requests for this model may be captured. It is the server's option `capture` that turns it on.")
+    redact: tuple[str, ...] = _option((), "Inputs and outputs whose content is never written: name, datatype and shape alone are.")
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackConfig:
+    """Labels that come after the answers, by request id."""
+
+    enabled: bool = _option(False, "Keep what was predicted for each request id, so that labels can be joined with it.")
+    output: str = _option("", "The output that labels are for; left out: one with labels, else scores of classes, else the first.")
+    kind: str = _option(
+        "auto",
+        "classification: labels are classes; regression: they are numbers; auto: by the output's shape and datatype.",
+        choices=("auto", "classification", "regression"),
+    )
+    keep_rows: int = _option(100_000, "Predictions that wait for their labels, the latest; each takes some 300 bytes.", minimum=1)
+    keep: float = _option(86400.0, "For how long they wait.", key="keep_s", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """How a new version takes over while an older one serves. Rates are fractions of requests."""
 
@@ -317,6 +352,17 @@ class RolloutConfig:
     )
     max_disagreement: float = _option(
         0.0, "Shadow: rolled back when more of its answers than that differ from the old version's. 0: not watched.", minimum=0
+    )
+    max_drift: float = _option(
+        0.0,
+        "Rolled back when an output's distribution is further than that (PSI beyond chance) from the old version's in the same time, or, "
+        "where they are counted into different ranges, from the reference published with the version. 0: not watched.",
+        minimum=0,
+    )
+    max_accuracy_drop: float = _option(
+        0.0,
+        "Rolled back when its accuracy, estimated from confidence, is below the old version's by more; 0.02: two points. 0: not watched.",
+        minimum=0,
     )
     tolerance: float = _option(
         0.05, "Shadow: outputs differ when they are off by more than that times 1 + |old|, or rank another class first.", minimum=0
@@ -348,6 +394,8 @@ class ModelConfig:
     )
     rollout: RolloutConfig = RolloutConfig()
     drift: DriftConfig = DriftConfig()
+    capture: CaptureConfig = CaptureConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     warmup_runs: int = _option(3, "Rounds of runs before a version goes live, at every batch size that pays. 0: none.", minimum=0)
     signature_policy: str = _option(
         "off",

@@ -34,8 +34,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.policy",
         "headrace.lifecycle.rollout",
         "headrace.drift",
+        "headrace.capture",
+        "headrace.feedback",
     ),
     (
+        "headrace.lifecycle.answers",
         "headrace.lifecycle.events",
         "headrace.lifecycle.memory",
         "headrace.lifecycle.tasks",
@@ -71,6 +74,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
         "headrace.batching.event_loop",
+        "headrace.lifecycle.attachments",
+        "headrace.capture.captures",
+        "headrace.feedback.feedbacks",
         "headrace.drift.monitor",
         "headrace.drift.watch",
         "headrace.sources.publish",
@@ -93,7 +99,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.control",
         "headrace.lifecycle.admin",
     ),
-    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.profiling"),
+    ("headrace.telemetry", "headrace.rpc", "headrace.http", "headrace.bench", "headrace.replay", "headrace.profiling"),
     ("headrace.app",),
     (
         "headrace.testing",
@@ -103,6 +109,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_drift_tables",
         "headrace.cli_local",
         "headrace.cli_models",
+        "headrace.cli_replay",
+        "headrace.cli_feedback",
         "headrace.cli_tables",
     ),
 )
@@ -116,8 +124,10 @@ PURE = (
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
+    "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
-    "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
+    "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
+    "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

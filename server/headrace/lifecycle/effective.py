@@ -205,6 +205,17 @@ def _check_names(config: ModelConfig, artifact: ArtifactSignature) -> None:
                 )
             if names.count(name) > 1:
                 raise ConfigError(f"{_source(config)}: {kind} '{name}' is there twice")
+    inputs, outputs = [spec.name for spec in artifact.inputs], [spec.name for spec in artifact.outputs]
+    # A mistyped name would have the tensor written that nobody is to see.
+    for name in config.capture.redact:
+        _check_named(config, "[capture] redact", name, inputs + outputs)
+    if config.feedback.output:
+        _check_named(config, "[feedback] output", config.feedback.output, outputs)
+
+
+def _check_named(config: ModelConfig, key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{_source(config)}: {key}: '{name}' is not in the model{_nearest(name, known)}; it has {', '.join(known)}")
 
 
 def _settle(

@@ -21,6 +21,7 @@ from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
 from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.attachments import Attached, Attachment
 from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
@@ -65,6 +66,7 @@ class ModelVersion:
         records: RequestRecords | None = None,
         interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
+        attachments: Sequence[Attachment] = (),
         on_change: Callable[[ModelVersion], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
@@ -90,6 +92,8 @@ class ModelVersion:
         self._interference = interference
         self._drift = drift
         self._watch: DriftWatch | None = None
+        self._attachments = attachments
+        self._attached: list[Attached] = []
         self._checks: ValueChecks | None = None
         self._on_change = on_change
         self._pause = pause
@@ -346,7 +350,9 @@ class ModelVersion:
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
         )
-        observers = [self._watch] if self._watch is not None else []
+        attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
+        self._attached = [each for each in attached if each is not None]
+        observers = [*([self._watch] if self._watch is not None else []), *self._attached]
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
@@ -411,6 +417,9 @@ class ModelVersion:
         if self._drift is not None and self._watch is not None:
             self._drift.forget(self._watch)
             self._watch = None
+        for attached in self._attached:
+            attached.close()
+        self._attached = []
         self._release()
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)
