@@ -39,24 +39,31 @@ class ServerState:
     why: str = ""
 
 
-def encode_state(
-    server: ServerState, models: Sequence[ModelDescription], views: Iterable[VersionView], events: Sequence[Event] | None
-) -> Values:
-    """Everything but the features of versions. `events` None: they are not for whoever looks."""
-    by_version: dict[tuple[str, int, str], deque[VersionView]] = defaultdict(deque)
+Views = Mapping[tuple[str, int, str], deque[VersionView]]
+"""By model, version and state; more than one where copies of a version are there at a time."""
+
+
+def sort_views(views: Iterable[VersionView]) -> Views:
+    found: dict[tuple[str, int, str], deque[VersionView]] = defaultdict(deque)
     for view in views:
-        by_version[view.model, view.version, view.state.value].append(view)
+        found[view.model, view.version, view.state.value].append(view)
+    return found
+
+
+def encode_state(server: ServerState, models: Sequence[Values], events: Sequence[Event] | None) -> Values:
+    """Everything but the features of versions. `models` as `encode_model` has them. `events` None: they are not for whoever looks."""
     return {
         "server": asdict(server),
         "seconds": DURATION_EDGES,
         "rows": ROW_EDGES,
         "stages": [stage.name.lower() for stage in Stage],
-        "models": [_encode_model(model, by_version) for model in models],
+        "models": models,
         "events": None if events is None else [encode_event(event) for event in reversed(events[-MOST_EVENTS:])],
     }
 
 
-def _encode_model(model: ModelDescription, views: Mapping[tuple[str, int, str], deque[VersionView]]) -> Values:
+def encode_model(model: ModelDescription, views: Views) -> Values:
+    """Takes the model's views out of `views`."""
     versions = []
     for version in model.versions:
         waiting = views.get((model.name, version.version, version.state))

@@ -94,7 +94,6 @@ function render() {
   if (!now.state) return;
   const { state } = now;
   const found = chosen(state);
-  show(page.readiness, readiness(state.server));
   show(page.totals, models.totals(state, rates));
   show(page.models, models.list(state, rates, found, page.filter.value.trim()));
   show(page.detail, found ? detail(state, found) : h("p", { class: "empty" }, "No version to show yet."));
@@ -116,6 +115,7 @@ function renderFreshness() {
     const since = now.state ? `Numbers are ${format.age(old / 1000)} old, of ${format.when(now.state.server.at)}.` : "";
     show(page.stale, h("strong", null, "No answer from the server"), `: ${now.reason}. ${since} Trying again.`);
   }
+  if (now.state) show(page.readiness, isStale ? models.pill("bad", "unreachable") : readiness(now.state.server));
   if (now.state) show(page.freshness, h("span", { class: `dot ${isStale ? "bad" : "good"}`, "aria-hidden": "true" }), isStale ? "stale" : "live", h("span", { class: "quiet" }, ` · ${now.state.server.version} · up ${format.age(now.state.server.at - now.state.server.started)}`));
 }
 

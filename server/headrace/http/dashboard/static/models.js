@@ -79,7 +79,7 @@ export function totals(state, rates) {
     tile("Rows", together ? format.rate(together.rows) : format.NONE, "per second"),
     tile("Failures", together ? format.rate(together.failures) : format.NONE, "per second", together?.failures > 0 ? "bad" : ""),
     tile("Latency p99", format.duration(p99), `last ${WINDOW} s`),
-    tile("Versions live", format.count(live), failed ? `${failed} failed` : `of ${format.plural(state.models.length, "model")}`, failed ? "bad" : ""),
+    tile("Versions live", format.count(live), failed ? `${failed} failed` : `of ${format.plural(state.models.length, "model")}`, failed ? "some-bad" : ""),
     tile("Drift alerts", format.count(alerts), watched ? `${format.plural(watched, "version")} watched` : "nothing watched", alerts ? "bad" : ""),
   ];
 }
