@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.config import BatchingConfig, DriftConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
+from headrace.config import (
+    BatchingConfig,
+    CaptureConfig,
+    DriftConfig,
+    FeedbackConfig,
+    InstanceConfig,
+    ModelConfig,
+    RolloutConfig,
+    ServerConfig,
+    TensorConfig,
+)
 from headrace.config_loading import option_keys
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
@@ -42,6 +52,7 @@ def render() -> str:
     parts = [HEAD, table(ServerConfig), MODEL, table(ModelConfig), table(BatchingConfig)]
     parts += ["\n### [instances]\n", table(InstanceConfig), "\n### [[input]] and [[output]]\n", table(TensorConfig)]
     parts += ["\n### [rollout]\n", table(RolloutConfig), LABELS, "\n### [drift]\n", table(DriftConfig)]
+    parts += ["\n### [capture]\n", table(CaptureConfig), "\n### [feedback]\n", table(FeedbackConfig)]
     return "\n".join(parts)
 
 

@@ -16,9 +16,11 @@ import uvloop
 
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
+from headrace.capture.captures import Captures
 from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
+from headrace.feedback.feedbacks import Feedbacks
 from headrace.http.dashboard import Dashboard
 from headrace.http.server import HttpServer
 from headrace.lifecycle.admin import Admin
@@ -31,6 +33,7 @@ from headrace.lifecycle.watcher import Watcher
 from headrace.plugins import load_backends, open_source
 from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
+from headrace.rpc.feedback import FeedbackService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
@@ -39,6 +42,8 @@ from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
+from headrace.telemetry.capture_metrics import CaptureCollector
+from headrace.telemetry.feedback_metrics import FeedbackCollector
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
@@ -69,6 +74,8 @@ class Server:
             for backend in backends.values():
                 backend.share_threads(config.shared_threads)
         self.drift = DriftMonitors(loop)
+        self.feedbacks = Feedbacks()
+        self.captures = _make_captures(config) if config.capture else None
         self.models = ModelManager(
             backends,
             lambda: LoopTimer(loop),
@@ -76,6 +83,7 @@ class Server:
             load_concurrency=config.load_threads,
             records=records,
             drift=self.drift if config.drift else None,
+            attachments=[self.feedbacks, *([self.captures] if self.captures is not None else [])],
             drain_grace=config.shutdown_grace,
         )
         self.sources = [open_source(uri, config.sources) for uri in config.models]
@@ -90,7 +98,8 @@ class Server:
             InferenceService(self.models, records, regions),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
             HealthService(self.models),
-            AdminService(self.admin, config.admin),
+            AdminService(self.admin, config.admin, self.feedbacks),
+            FeedbackService(self.feedbacks),
         )
         self.transport = open_transport(self.services, config)
         self.http: HttpServer | None = None
@@ -103,34 +112,38 @@ class Server:
             self.access_log.start()
         if self.tracing is not None:
             self.tracing.start()
+        if self.captures is not None:
+            await asyncio.to_thread(self.captures.start)
         self._start_webhooks()
         if self.config.http:
-            registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
-            registry.register(LifecycleCollector(self.admin))
-            if self.webhooks is not None:
-                registry.register(WebhookCollector(self.webhooks))
-            if self.tracing is not None:
-                registry.register(TracingCollector(self.tracing))
-            shows_events = self.config.admin != "off"
-            self.http = HttpServer(
-                self.config.http,
-                self.models,
-                registry,
-                webhook_secret=self.config.webhook_secret,
-                hint=self._look_now,
-                dashboard=Dashboard(self.models, self.admin, shows_events=shows_events) if self.config.dashboard else None,
-            )
+            self.http = self._make_http()
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))
         await self._load()
+
+    def _make_http(self) -> HttpServer:
+        config = self.config
+        registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
+        registry.register(LifecycleCollector(self.admin))
+        registry.register(FeedbackCollector(self.feedbacks))
+        if self.webhooks is not None:
+            registry.register(WebhookCollector(self.webhooks))
+        if self.tracing is not None:
+            registry.register(TracingCollector(self.tracing))
+        if self.captures is not None:
+            registry.register(CaptureCollector(self.captures))
+        dashboard = Dashboard(self.models, self.admin, shows_events=config.admin != "off") if config.dashboard else None
+        return HttpServer(
+            config.http, self.models, registry, webhook_secret=config.webhook_secret, hint=self._look_now, dashboard=dashboard
+        )
 
     def _start_webhooks(self) -> None:
         config = self.config
         if config.drift_webhooks:
             self.webhooks = Webhooks(config.drift_webhooks, config.drift_webhook_secret, f"//{socket.gethostname()}/headrace")
             self.webhooks.start()
-            self.drift.subscribe(self.webhooks.alert)
+            self.drift.subscribe(self.webhooks.alerts)
             self.models.event_log.subscribe(self.webhooks.lifecycle)
 
     def _look_now(self) -> None:
@@ -203,6 +216,8 @@ class Server:
             await self.webhooks.stop()
         for source in self.sources:
             await source.close()
+        if self.captures is not None:
+            await asyncio.to_thread(self.captures.stop)
         if self.tracing is not None:
             await asyncio.to_thread(self.tracing.stop)
         if self.access_log is not None:
@@ -210,6 +225,15 @@ class Server:
         if self.audit_log is not None:
             await asyncio.to_thread(self.audit_log.stop)
         log.info("server stopped")
+
+
+def _make_captures(config: ServerConfig) -> Captures:
+    return Captures(
+        Path(config.capture),
+        fraction=config.capture_fraction,
+        per_second=config.capture_max_per_second,
+        max_bytes=config.capture_max_bytes,
+    )
 
 
 def _open_tracing(config: ServerConfig) -> Tracing:

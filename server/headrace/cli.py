@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 from headrace import __version__
 from headrace.cli_bench import add_bench
 from headrace.cli_drift import add_drift
+from headrace.cli_feedback import add_feedback
 from headrace.cli_models import add_models
+from headrace.cli_replay import add_replay
 from headrace.config import ServerConfig, SourceConfig
 from headrace.config_loading import ENVIRONMENT_PREFIX, load_server_config, option_keys
 from headrace.errors import ConfigError, HeadraceError
@@ -56,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
     add_models(commands.add_parser("models", help="see and change the models of a running server"))
     add_drift(commands.add_parser("drift", help="references for a model's drift, and what a server has found"))
     add_bench(commands.add_parser("bench", help="find the batch sizes, instances and threads that a model does most with here"))
+    add_replay(commands)
+    add_feedback(commands.add_parser("feedback", help="send labels for answers that were given, and see how right they were"))
     _add_publish(commands.add_parser("publish", help="put a model into a repository as a new version, whole or not at all"))
     return parser
 

@@ -66,11 +66,11 @@ def add_models(models: argparse.ArgumentParser) -> None:
     add("sources", _sources, "where models come from, and whether that can be read")
 
 
-def add_client_flags() -> argparse.ArgumentParser:
+def add_client_flags(url: str = DEFAULT_URL) -> argparse.ArgumentParser:
     """A parent for parsers of commands that ask a server."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "--url", default=DEFAULT_URL, metavar="ADDRESS", help=f"the server's gRPC address, HOST:PORT or unix:PATH ({DEFAULT_URL})"
+        "--url", default=url, metavar="ADDRESS", help="the server's gRPC address, HOST:PORT or unix:PATH" + (f" ({url})" if url else "")
     )
     common.add_argument("--json", action="store_true", help="for machines")
     common.add_argument("--timeout", type=_seconds, default=60.0, metavar="SECONDS", help="how long to wait for an answer (60)")

@@ -132,6 +132,13 @@ class ServerConfig:
         "", "What those deliveries are signed with; empty: they are not. Only as HEADRACE_DRIFT_WEBHOOK_SECRET.", secret=True
     )
 
+    capture: str = _option(
+        "", "Directory to which samples of requests and answers are written (docs/drift/capture-format.md); empty: none are."
+    )
+    capture_fraction: float = _option(1.0, "Part of the requests that is captured, of all models together.", minimum=0)
+    capture_max_per_second: float = _option(10.0, "Requests that are captured at most.", minimum=0)
+    capture_max_bytes: int = _option(1 << 30, "Size of that directory's captures; the oldest go when it is reached.", minimum=1 << 16)
+
     @property
     def sources(self) -> SourceConfig:
         return SourceConfig(self.cache_directory, self.cache_bytes)
@@ -149,6 +156,8 @@ class ServerConfig:
             raise ConfigError(f"tracing: expected http://HOST:PORT, https://HOST:PORT, file:PATH or console, got {self.tracing!r}")
         if self.trace_fraction > 1:
             raise ConfigError(f"trace_fraction: expected 0 to 1, got {self.trace_fraction}")
+        if self.capture_fraction > 1:
+            raise ConfigError(f"capture_fraction: expected 0 to 1, got {self.capture_fraction}")
         if self.tls_client_ca and not self.tls_certificate:
             raise ConfigError("tls_client_ca: expected tls_certificate and tls_key beside it")
 
@@ -246,6 +255,21 @@ class TensorConfig:
         "What class scores are; auto: probabilities where the first rows add up to 1.",
         choices=("auto", "probabilities", "logits"),
     )
+    minimum: float | None = _option(None, "Least value that an input may have.")
+    maximum: float | None = _option(None, "Largest value that an input may have.")
+    finite: bool = _option(False, "Whether an input must have no NaN and no infinity.")
+    categories: tuple[str, ...] = _option((), "The values that an input may have, as text: strings, integers, true and false.")
+    limits: str = _option(
+        "none",
+        "reference: each element of an input must be within what drift.msgpack has seen of it, where it is watched by itself (columns).",
+        choices=("none", "reference"),
+    )
+    on_invalid: str = _option(
+        "count",
+        "What becomes of a request with other values. count: it is answered, and they are counted (headrace_invalid_values_total). refuse: "
+        "INVALID_ARGUMENT with the first of them.",
+        choices=("count", "refuse"),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,6 +303,29 @@ class DriftConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class CaptureConfig:
+    """What of a model may be captured, where the server captures at all."""
+
+    enabled: bool = _option(True, "Whether requests for this model may be captured. It is the server's option `capture` that turns it on.")
+    redact: tuple[str, ...] = _option((), "Inputs and outputs whose content is never written: name, datatype and shape alone are.")
+
+
+@dataclass(frozen=True, slots=True)
+class FeedbackConfig:
+    """Labels that come after the answers, by request id."""
+
+    enabled: bool = _option(False, "Keep what was predicted for each request id, so that labels can be joined with it.")
+    output: str = _option("", "The output that labels are for; left out: one with labels, else scores of classes, else the first.")
+    kind: str = _option(
+        "auto",
+        "classification: labels are classes; regression: they are numbers; auto: by the output's shape and datatype.",
+        choices=("auto", "classification", "regression"),
+    )
+    keep_rows: int = _option(100_000, "Predictions that wait for their labels, the latest; each takes some 300 bytes.", minimum=1)
+    keep: float = _option(86400.0, "For how long they wait.", key="keep_s", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
 class RolloutConfig:
     """How a new version takes over while an older one serves. Rates are fractions of requests."""
 
@@ -305,6 +352,17 @@ class RolloutConfig:
     )
     max_disagreement: float = _option(
         0.0, "Shadow: rolled back when more of its answers than that differ from the old version's. 0: not watched.", minimum=0
+    )
+    max_drift: float = _option(
+        0.0,
+        "Rolled back when an output's distribution is further than that (PSI beyond chance) from the old version's in the same time, or, "
+        "where they are counted into different ranges, from the reference published with the version. 0: not watched.",
+        minimum=0,
+    )
+    max_accuracy_drop: float = _option(
+        0.0,
+        "Rolled back when its accuracy, estimated from confidence, is below the old version's by more; 0.02: two points. 0: not watched.",
+        minimum=0,
     )
     tolerance: float = _option(
         0.05, "Shadow: outputs differ when they are off by more than that times 1 + |old|, or rank another class first.", minimum=0
@@ -336,6 +394,8 @@ class ModelConfig:
     )
     rollout: RolloutConfig = RolloutConfig()
     drift: DriftConfig = DriftConfig()
+    capture: CaptureConfig = CaptureConfig()
+    feedback: FeedbackConfig = FeedbackConfig()
     warmup_runs: int = _option(3, "Rounds of runs before a version goes live, at every batch size that pays. 0: none.", minimum=0)
     signature_policy: str = _option(
         "off",

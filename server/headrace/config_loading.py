@@ -16,7 +16,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from headrace.config import BatchingConfig, DriftConfig, InstanceConfig, ModelConfig, RolloutConfig, ServerConfig, TensorConfig
+from headrace.config import (
+    BatchingConfig,
+    CaptureConfig,
+    DriftConfig,
+    FeedbackConfig,
+    InstanceConfig,
+    ModelConfig,
+    RolloutConfig,
+    ServerConfig,
+    TensorConfig,
+)
 from headrace.errors import ConfigError
 
 ENVIRONMENT_PREFIX = "HEADRACE_"
@@ -69,8 +79,10 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
     labels = read_labels(_pop_table(table, "labels", where), f"{where} [labels]")
     rollout = _read_section(RolloutConfig, _pop_table(table, "rollout", where), f"{where} [rollout]")
     drift = _read_section(DriftConfig, _pop_table(table, "drift", where), f"{where} [drift]")
+    capture = _read_section(CaptureConfig, _pop_table(table, "capture", where), f"{where} [capture]")
+    feedback = _read_section(FeedbackConfig, _pop_table(table, "feedback", where), f"{where} [feedback]")
     flat = {**option_keys(ModelConfig), **option_keys(BatchingConfig)}
-    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout", "drift"], where)
+    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout", "drift", "capture", "feedback"], where)
     batching = {key: table[key] for key in table if key in option_keys(BatchingConfig)}
     model = {key: table[key] for key in table if key not in batching}
     return ModelConfig(
@@ -80,6 +92,8 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
         labels=labels,
         rollout=_build(RolloutConfig, rollout, where),
         drift=_build(DriftConfig, drift, f"{where} [drift]"),
+        capture=CaptureConfig(**capture),
+        feedback=FeedbackConfig(**feedback),
         inputs=inputs,
         outputs=outputs,
         provenance=origins,
@@ -183,7 +197,9 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 
 def _owner(field: dataclasses.Field[Any]) -> type[Any]:
-    sections = (ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, DriftConfig, RolloutConfig, ModelConfig)
+    sections = (
+        ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, DriftConfig, CaptureConfig, FeedbackConfig, RolloutConfig, ModelConfig,
+    )  # fmt: skip
     return next(section for section in sections if field in dataclasses.fields(section))
 
 

@@ -29,6 +29,10 @@ class Budget:
     def __repr__(self) -> str:
         return f"Budget(every {self.stride}th batch, {self._saved * 1e3:.2f} ms saved)"
 
+    def rest(self) -> None:
+        """Nothing came for longer than SAVED seconds: a burst is counted whole until it is known what that costs."""
+        self.stride = 1
+
     def spend(self, cpu: float, kept: int, *, ran: float, busy: float, seconds: float) -> None:
         """In the last `seconds` counting took `cpu` for `kept` of the `ran` batches, which were run in `busy` seconds."""
         rate = self._part * busy / seconds + FLOOR

@@ -27,7 +27,7 @@ from headrace.drift.joining import Arrays, Kept, join
 from headrace.drift.judgement import Histograms, judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
-from headrace.drift.sampling import Budget
+from headrace.drift.sampling import SAVED, Budget
 from headrace.drift.sequential import SlowDrift
 from headrace.drift.verdict import Alert, DriftReport, WindowVerdict
 from headrace.drift.window import Window, Windows
@@ -111,6 +111,8 @@ class DriftWatch:
         self._countdown -= 1
         if self._countdown > 0 and batch.done < self._due:
             return
+        if batch.done > self._due + SAVED:
+            self._budget.rest()
         self._countdown, self._due = self._budget.stride, batch.done + LONGEST_PAUSE
         if self._is_closed:
             return

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
+from headrace.lifecycle.value_checks import ValueChecks
 from headrace.requests import InferRequest, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import Signature
 from headrace.wire.shared_memory import REGION
@@ -16,9 +17,18 @@ NEVER = float("inf")
 _KNOWN_TRITON_PARAMETERS = frozenset({"triton_enable_empty_final_response", "triton_final_response"})
 
 
-def make_ticket(signature: Signature, batching: BatchingConfig, request: InferRequest, reply: Reply, arrived: float) -> Ticket:
+def make_ticket(
+    signature: Signature,
+    batching: BatchingConfig,
+    request: InferRequest,
+    reply: Reply,
+    arrived: float,
+    checks: ValueChecks | None = None,
+) -> Ticket:
     """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock."""
     admission = signature.validate(request)
+    if checks is not None:
+        checks.look_at(admission.inputs(request), request.id)
     for output in request.outputs:
         _check_output_parameters(output)
     priority = batching.default_priority_level

@@ -205,18 +205,32 @@ def _check_names(config: ModelConfig, artifact: ArtifactSignature) -> None:
                 )
             if names.count(name) > 1:
                 raise ConfigError(f"{_source(config)}: {kind} '{name}' is there twice")
+    inputs, outputs = [spec.name for spec in artifact.inputs], [spec.name for spec in artifact.outputs]
+    # A mistyped name would have the tensor written that nobody is to see.
+    for name in config.capture.redact:
+        _check_named(config, "[capture] redact", name, inputs + outputs)
+    if config.feedback.output:
+        _check_named(config, "[feedback] output", config.feedback.output, outputs)
+
+
+def _check_named(config: ModelConfig, key: str, name: str, known: Sequence[str]) -> None:
+    if name not in known:
+        raise ConfigError(f"{_source(config)}: {key}: '{name}' is not in the model{_nearest(name, known)}; it has {', '.join(known)}")
 
 
 def _settle(
     config: ModelConfig, kind: str, specs: Sequence[TensorSpec], overrides: Sequence[TensorConfig], is_batching: bool
 ) -> tuple[TensorSpec, ...]:
     by_name = {override.name: override for override in overrides}
-    nothing = TensorConfig()
     try:
-        return tuple(_apply(kind, spec, by_name.get(spec.name, nothing), is_batching) for spec in specs)
+        return tuple(_apply(kind, spec, by_name.get(spec.name, _NOTHING), is_batching) for spec in specs)
     except ConfigError as error:
         reason = str(error)
     raise ConfigError(f"{_source(config)}: {reason}")
+
+
+_NOTHING = TensorConfig()
+_OF_INPUTS = ("minimum", "maximum", "finite", "categories", "limits", "on_invalid")
 
 
 def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: bool) -> TensorSpec:
@@ -224,6 +238,10 @@ def _apply(kind: str, spec: TensorSpec, override: TensorConfig, is_batching: boo
         raise ConfigError(f"{kind} '{spec.name}': the model has datatype {spec.datatype.value}, the configuration says {override.datatype}")
     if kind == "input" and override.labels:
         raise ConfigError(f"input '{spec.name}': labels are for outputs")
+    if kind == "output":
+        for key in _OF_INPUTS:
+            if getattr(override, key) != getattr(_NOTHING, key):
+                raise ConfigError(f"output '{spec.name}': {key} is for inputs")
     if override.optional and not spec.optional:
         raise ConfigError(f"{kind} '{spec.name}': the model cannot do without it, the configuration says optional")
     shape = spec.shape

@@ -13,6 +13,7 @@ from headrace.errors import LoadError
 from headrace.lifecycle.effective import EffectiveModel, resolve_model
 from headrace.lifecycle.memory import available_memory
 from headrace.lifecycle.recorded import Recorded, read_recorded
+from headrace.lifecycle.value_checks import make_checks
 from headrace.model_files import read_reference
 from headrace.sources.base import Fetched
 from headrace.sources.manifest import Manifest
@@ -41,6 +42,8 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
     recorded = read_recorded(effective.signature, fetched.model_directory, directory)
     reference = _read_reference(effective, directory)
+    # What it says of values is known to make sense before anything is loaded.
+    make_checks(effective, reference, lambda *_: None)
     return Inspection(effective, needed, available_memory(), digest, manifest, recorded, reference)
 
 

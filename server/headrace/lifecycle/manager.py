@@ -11,6 +11,7 @@ from headrace.batching.batcher import Schedule, Timer, at_once
 from headrace.batching.latency import Interference
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import NotFound, NotReady, ShuttingDown
+from headrace.lifecycle.attachments import Attachment
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
 from headrace.lifecycle.model import Model
@@ -49,6 +50,7 @@ class ModelManager:
         load_concurrency: int = 2,
         records: RequestRecords | None = None,
         drift: DriftMonitors | None = None,
+        attachments: Sequence[Attachment] = (),
         drain_grace: float = 30.0,
         pause: float = PAUSE,
     ) -> None:
@@ -76,6 +78,7 @@ class ModelManager:
             events=self.event_log,
             records=records,
             drift=drift,
+            attachments=attachments,
             interference=self._interference.__getitem__,
             drain_grace=drain_grace,
             pause=pause,

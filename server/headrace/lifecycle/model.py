@@ -238,6 +238,7 @@ class Model:
             records=self._parts.records,
             interference=self._parts.interference,
             drift=self._parts.drift,
+            attachments=self._parts.attachments,
             on_change=self._version_changed,
             pause=self._parts.pause,
         )

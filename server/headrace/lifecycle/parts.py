@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from headrace.backends.base import BackendRegistry
 from headrace.batching.batcher import Schedule, Timer
 from headrace.batching.latency import Interference
 from headrace.drift.monitor import DriftMonitors
+from headrace.lifecycle.attachments import Attachment
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.tasks import Tasks
 from headrace.lifecycle.version import ModelVersion
@@ -29,6 +30,7 @@ class Parts:
     events: EventLog
     records: RequestRecords | None
     drift: DriftMonitors | None
+    attachments: Sequence[Attachment]
     interference: Callable[[str], Interference]
     drain_grace: float
     pause: float

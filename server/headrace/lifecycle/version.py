@@ -21,12 +21,14 @@ from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
 from headrace.errors import HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.attachments import Attached, Attachment
 from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
+from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
@@ -64,6 +66,7 @@ class ModelVersion:
         records: RequestRecords | None = None,
         interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
+        attachments: Sequence[Attachment] = (),
         on_change: Callable[[ModelVersion], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
@@ -89,6 +92,9 @@ class ModelVersion:
         self._interference = interference
         self._drift = drift
         self._watch: DriftWatch | None = None
+        self._attachments = attachments
+        self._attached: list[Attached] = []
+        self._checks: ValueChecks | None = None
         self._on_change = on_change
         self._pause = pause
         self._clock = clock
@@ -165,7 +171,7 @@ class ModelVersion:
         signature, batching, cancel = effective.signature, effective.batching, batcher.cancel_reply
         for request, reply in calls:
             try:
-                ticket = make_ticket(signature, batching, request, reply, arrived)
+                ticket = make_ticket(signature, batching, request, reply, arrived, self._checks)
             except HeadraceError as error:
                 batcher.count_failure(FailureReason.OTHER)
                 refused.append((request, reply, error.with_traceback(None)))
@@ -204,6 +210,7 @@ class ModelVersion:
             self._on_change(self)
             await self._leave
             effective, before = inspection.effective, predecessor()
+            self._checks = make_checks(effective, inspection.reference, self.counters.count_invalid)
             pause = self._pause if before is not None else 0.0
             await asyncio.sleep(pause)
             async with slots:
@@ -343,7 +350,9 @@ class ModelVersion:
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
         )
-        observers = [self._watch] if self._watch is not None else []
+        attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
+        self._attached = [each for each in attached if each is not None]
+        observers = [*([self._watch] if self._watch is not None else []), *self._attached]
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
         for worker in self._workers:
             runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
@@ -408,6 +417,9 @@ class ModelVersion:
         if self._drift is not None and self._watch is not None:
             self._drift.forget(self._watch)
             self._watch = None
+        for attached in self._attached:
+            attached.close()
+        self._attached = []
         self._release()
         self.move(VersionState.UNLOADED, reason)
         log.info("version unloaded", model=self.model, version=self.version, reason=reason)

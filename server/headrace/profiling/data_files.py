@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import itertools
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,11 @@ def digest(path: Path) -> str:
 
 def _read_arrays(path: Path, rows: int) -> Iterator[tuple[Chunk, float]]:
     try:
-        # Never pickled: data is not to be code.
-        loaded = np.load(path, allow_pickle=False)
-        arrays = {ONLY: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError) as error:
+        with path.open("rb") as file:
+            # Never pickled: data is not to be code.
+            loaded = np.load(file, allow_pickle=False)
+            arrays = {ONLY: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise ConfigError(f"{path}: expected arrays of numbers or text as numpy writes them, got: {error}") from None
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     total = max(counts.values(), default=0)

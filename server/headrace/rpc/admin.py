@@ -10,11 +10,13 @@ from typing import TypeVar
 from google.protobuf.message import Message
 
 from headrace.errors import Forbidden, InvalidRequest
+from headrace.feedback.feedbacks import Feedbacks
 from headrace.lifecycle.events import Actor, Event
 from headrace.lifecycle.view import AdminView
 from headrace.rpc.admin_messages import encode_event, encode_model, encode_source
 from headrace.rpc.control import decode
 from headrace.rpc.drift_messages import encode_report
+from headrace.rpc.feedback_messages import encode_feedback
 from headrace.rpc.peer import Peer
 from headrace.wire import messages as pb
 
@@ -43,7 +45,8 @@ def refusal(policy: str, peer: Peer, *, is_change: bool) -> str:
 class AdminService:
     """Owns what each watcher has not been sent yet, nothing else. Event loop only; every call raises HeadraceError for what it refuses."""
 
-    def __init__(self, view: AdminView, policy: str = "local") -> None:
+    def __init__(self, view: AdminView, policy: str = "local", feedbacks: Feedbacks | None = None) -> None:
+        self._feedbacks = feedbacks if feedbacks is not None else Feedbacks()
         self._view = view
         self._policy = policy
         self._watchers: set[_Watcher] = set()
@@ -59,6 +62,7 @@ class AdminService:
             "DescribeModel": self._reading(pb.DescribeModelRequest, self.describe_model),
             "ListSources": self._reading(pb.ListSourcesRequest, self.list_sources),
             "GetDrift": self.get_drift,
+            "GetFeedback": self._reading(pb.GetFeedbackRequest, self.get_feedback),
             "Promote": self._changing(pb.PromoteRequest, self.promote),
             "RollBack": self._changing(pb.RollBackRequest, self.roll_back),
             "SetLabel": self._changing(pb.SetLabelRequest, self.set_label),
@@ -83,6 +87,10 @@ class AdminService:
 
     def list_sources(self, request: pb.ListSourcesRequest) -> pb.ListSourcesResponse:
         return pb.ListSourcesResponse(sources=[encode_source(source) for source in self._view.sources()])
+
+    def get_feedback(self, request: pb.GetFeedbackRequest) -> pb.GetFeedbackResponse:
+        reports = self._feedbacks.report(_check_model(request.model), _check_version(request.version))
+        return pb.GetFeedbackResponse(reports=[encode_feedback(report) for report in reports])
 
     async def get_drift(self, message: bytes, peer: Peer) -> bytes:
         self._check(peer, is_change=False)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import ssl
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,12 +14,14 @@ import grpc
 
 from headrace.drift.verdict import DriftReport
 from headrace.errors import Code, ConfigError, HeadraceError
+from headrace.feedback.feedbacks import FeedbackReport, Joined, Labelled
 from headrace.lifecycle.events import Event
 from headrace.lifecycle.view import ModelDescription, SourceDescription
 from headrace.rpc.admin_messages import decode_event, decode_model, decode_source
 from headrace.rpc.drift_messages import decode_report
+from headrace.rpc.feedback_messages import decode_feedback, decode_joined, encode_labelled
 from headrace.wire import messages as pb
-from headrace.wire.messages import ADMIN_SERVICE, method_classes
+from headrace.wire.messages import ADMIN_SERVICE, FEEDBACK_SERVICE, method_classes
 
 UNIX = "unix:"
 
@@ -55,12 +57,7 @@ class AdminClient:
     def __init__(self, url: str, tls: Tls, timeout: float) -> None:
         self._url = url
         self._timeout = timeout
-        # A proxy from the environment is for the web; it would take calls to loopback too.
-        options = [("grpc.enable_http_proxy", 0)]
-        if tls.is_on and not url.startswith(UNIX):
-            self._channel: Any = grpc.secure_channel(url, _credentials(tls), options)
-        else:
-            self._channel = grpc.insecure_channel(url, options)
+        self._channel = open_channel(url, tls)
 
     def __enter__(self) -> AdminClient:
         return self
@@ -81,6 +78,15 @@ class AdminClient:
     def get_drift(self, model: str, version: int = 0, windows: int = 0) -> DriftReport:
         """`version` 0: the default one. `windows`: of its history, the latest; 0: all."""
         return decode_report(self._call("GetDrift", pb.GetDriftRequest(model=model, version=version, windows=windows)).report)
+
+    def get_feedback(self, model: str, version: int = 0) -> list[FeedbackReport]:
+        """`version` 0: all that take labels."""
+        return [decode_feedback(each) for each in self._call("GetFeedback", pb.GetFeedbackRequest(model=model, version=version)).reports]
+
+    def send_feedback(self, model: str, requests: Sequence[Labelled], version: int = 0) -> Joined:
+        """`version` 0: whichever versions have answered them. At most feedback.MOST_REQUESTS at a time."""
+        message = pb.SendFeedbackRequest(model=model, version=version, requests=[encode_labelled(each) for each in requests])
+        return decode_joined(self._call("SendFeedback", message, FEEDBACK_SERVICE))
 
     def watch_events(self, model: str, *, since: int = 0, is_following: bool) -> Iterator[tuple[Event, int]]:
         """(event, how many were lost before it). Ends when the server stops, or with what has happened so far."""
@@ -110,10 +116,10 @@ class AdminClient:
     def set_traffic(self, model: str, version: int, mode: str, percent: float, reason: str) -> None:
         self._call("SetTraffic", pb.SetTrafficRequest(model=model, version=version, mode=mode, percent=percent, reason=reason))
 
-    def _call(self, method: str, request: Any) -> Any:
-        request_class, response_class = method_classes(ADMIN_SERVICE)[method]
+    def _call(self, method: str, request: Any, service: str = ADMIN_SERVICE) -> Any:
+        request_class, response_class = method_classes(service)[method]
         call = self._channel.unary_unary(
-            f"/{ADMIN_SERVICE}/{method}",
+            f"/{service}/{method}",
             request_serializer=request_class.SerializeToString,
             response_deserializer=response_class.FromString,
         )
@@ -123,19 +129,31 @@ class AdminClient:
             raise self._explain(error) from None
 
     def _explain(self, error: Any) -> CallFailed:
-        status: str = error.code().name
-        code = Code[status] if status in Code.__members__ else Code.INTERNAL
-        details = " ".join((error.details() or status).split())
-        # 1. No answer at all. 2. None in time. 3. Somebody else's answer. 4. The server's own.
-        if code is Code.UNAVAILABLE:
-            return CallFailed(code, f"no answer from {self._url}: {_last_error(details)}")
-        if code is Code.DEADLINE_EXCEEDED:
-            return CallFailed(
-                code, f"no answer from {self._url} within {self._timeout:g} s (--timeout); what was asked for may still happen"
-            )
-        if code is Code.UNIMPLEMENTED:
-            return CallFailed(code, f"{self._url} has no admin service: expected the gRPC address of a Headrace server")
-        return CallFailed(code, details)
+        return explain(error, self._url, self._timeout, "admin service")
+
+
+def open_channel(url: str, tls: Tls, options: Sequence[tuple[str, int]] = ()) -> Any:
+    """Raises ConfigError for files of `tls` that cannot be used."""
+    # A proxy from the environment is for the web; it would take calls to loopback too.
+    options = [("grpc.enable_http_proxy", 0), *options]
+    if tls.is_on and not url.startswith(UNIX):
+        return grpc.secure_channel(url, _credentials(tls), options)
+    return grpc.insecure_channel(url, options)
+
+
+def explain(error: Any, url: str, timeout: float, service: str) -> CallFailed:
+    """A grpc.RpcError in a sentence for people; `service` is what was asked of the server at `url`."""
+    status: str = error.code().name
+    code = Code[status] if status in Code.__members__ else Code.INTERNAL
+    details = " ".join((error.details() or status).split())
+    # 1. No answer at all. 2. None in time. 3. Somebody else's answer. 4. The server's own.
+    if code is Code.UNAVAILABLE:
+        return CallFailed(code, f"no answer from {url}: {_last_error(details)}")
+    if code is Code.DEADLINE_EXCEEDED:
+        return CallFailed(code, f"no answer from {url} within {timeout:g} s (--timeout); what was asked for may still happen")
+    if code is Code.UNIMPLEMENTED:
+        return CallFailed(code, f"{url} has no {service}: expected the gRPC address of a Headrace server")
+    return CallFailed(code, details)
 
 
 _WRAPPING = re.compile(r".*last error: |[A-Z_]+: (?=\S+: )|(?:ipv4|ipv6|unix):\S+: ")

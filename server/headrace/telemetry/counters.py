@@ -14,6 +14,7 @@ prometheus_client's observe() takes a lock and costs more than decoding the requ
 from __future__ import annotations
 
 import enum
+import threading
 import time
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
@@ -282,13 +283,15 @@ class CounterSnapshot:
 
 
 class VersionCounters:
-    """All shards of one version. Both methods may be called from any thread; each shard then belongs to one writer."""
+    """All shards of one version, and what was wrong with its inputs' values. Any thread; each shard then belongs to one writer."""
 
     def __init__(self, wall_clock: Callable[[], float] = time.time) -> None:
         self._shards: list[CounterShard] = []
         self.exemplars = Exemplars(len(Stage), DURATION_EDGES)
         """Traced requests for the buckets of `snapshot`; none where nothing is traced."""
         self._wall_clock = wall_clock
+        self._invalid: dict[tuple[str, str, str], int] = {}
+        self._invalid_lock = threading.Lock()
 
     def __repr__(self) -> str:
         return f"VersionCounters({self._shards!r})"
@@ -297,6 +300,16 @@ class VersionCounters:
         shard = CounterShard(self._wall_clock)
         self._shards.append(shard)
         return shard
+
+    def count_invalid(self, tensor: str, problem: str, action: str, values: int) -> None:
+        with self._invalid_lock:
+            key = (tensor, problem, action)
+            self._invalid[key] = self._invalid.get(key, 0) + values
+
+    @property
+    def invalid_values(self) -> dict[tuple[str, str, str], int]:
+        """By input, what was wrong, and what became of the request."""
+        return self._invalid.copy()
 
     def rows(self) -> int:
         """Inferred so far."""

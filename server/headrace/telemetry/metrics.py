@@ -91,6 +91,7 @@ class VersionFamilies:
         self._states = Family("headrace_version_state", "gauge", "1 for the state that a version is in.")
         self._requests = Family("headrace_requests_total", "counter", "Requests by how they ended.")
         self._dispatches = Family("headrace_dispatches_total", "counter", "Batches by why they were started.")
+        self._invalid = Family("headrace_invalid_values_total", "counter", "Values of inputs that model.toml does not allow.")
         self._drops = Family("headrace_drops_total", "counter", "Requests of no use, by why: not answered in time, or too late.")
         self._latencies = Family("headrace_batch_latency_seconds", "gauge", "What a batch of so many rows is expected to take now.")
         self._worthwhile = Family("headrace_worthwhile_rows", "gauge", "Rows beyond which another request is not added to a batch.")
@@ -111,6 +112,8 @@ class VersionFamilies:
             self._add_counts(labels, version.counters.snapshot(), version.counters.exemplars)
             for family, measure in self._gauges:
                 family.add(labels, measure(version))
+            for (tensor, problem, action), count in version.counters.invalid_values.items():
+                self._invalid.add(f"{labels},{format_labels({'tensor': tensor, 'problem': problem, 'action': action})}", count)
             if version.latency_stats is not None:
                 self._add_latencies(labels, version.latency_stats)
 
@@ -138,7 +141,7 @@ class VersionFamilies:
             self._drops.add(f'{labels},cause="{cause.name.lower()}"', counts.drops[cause])
 
     def lines(self, is_openmetrics: bool) -> list[str]:
-        families = [self._states, self._requests, self._dispatches, self._drops, self._failures, self._rows]
+        families = [self._states, self._requests, self._dispatches, self._drops, self._invalid, self._failures, self._rows]
         families += [self._latencies, self._worthwhile, self._interference]
         families += [family for family, _ in (*self._stages, *self._counters, *self._gauges)]
         return [line for family in families for line in family.lines(is_openmetrics)]

@@ -299,6 +299,94 @@ class DriftAlert(Message):
     text: str
     def __init__(self, *, at: float | None = ..., model: str | None = ..., version: int | None = ..., kind: str | None = ..., feature: str | None = ..., side: str | None = ..., is_raised: bool | None = ..., statistic: str | None = ..., value: float | None = ..., critical: float | None = ..., rows: int | None = ..., seconds: float | None = ..., text: str | None = ...) -> None: ...
 
+class LabelledRequest(Message):
+    request_id: str
+    @property
+    def classes(self) -> RepeatedScalarFieldContainer[int]: ...
+    @property
+    def names(self) -> RepeatedScalarFieldContainer[str]: ...
+    @property
+    def values(self) -> RepeatedScalarFieldContainer[float]: ...
+    def __init__(self, *, request_id: str | None = ..., classes: Iterable[int] | None = ..., names: Iterable[str] | None = ..., values: Iterable[float] | None = ...) -> None: ...
+
+class SendFeedbackRequest(Message):
+    model: str
+    version: int
+    @property
+    def requests(self) -> RepeatedCompositeFieldContainer[LabelledRequest]: ...
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., requests: Iterable[LabelledRequest] | None = ...) -> None: ...
+
+class SendFeedbackResponse(Message):
+    matched: int
+    unknown: int
+    expired: int
+    duplicate: int
+    invalid: int
+    matched_rows: int
+    @property
+    def problems(self) -> RepeatedScalarFieldContainer[str]: ...
+    def __init__(self, *, matched: int | None = ..., unknown: int | None = ..., expired: int | None = ..., duplicate: int | None = ..., invalid: int | None = ..., matched_rows: int | None = ..., problems: Iterable[str] | None = ...) -> None: ...
+
+class GetFeedbackRequest(Message):
+    model: str
+    version: int
+    def __init__(self, *, model: str | None = ..., version: int | None = ...) -> None: ...
+
+class GetFeedbackResponse(Message):
+    @property
+    def reports(self) -> RepeatedCompositeFieldContainer[FeedbackReport]: ...
+    def __init__(self, *, reports: Iterable[FeedbackReport] | None = ...) -> None: ...
+
+class FeedbackReport(Message):
+    model: str
+    version: int
+    output: str
+    waiting_rows: int
+    unidentified: int
+    replaced: int
+    @property
+    def classification(self) -> ClassificationFeedback: ...
+    @property
+    def regression(self) -> RegressionFeedback: ...
+    @property
+    def classes(self) -> ScalarMap[int, str]: ...
+    def __init__(self, *, model: str | None = ..., version: int | None = ..., output: str | None = ..., waiting_rows: int | None = ..., unidentified: int | None = ..., replaced: int | None = ..., classification: ClassificationFeedback | None = ..., regression: RegressionFeedback | None = ..., classes: Mapping[int, str] | None = ...) -> None: ...
+
+class ClassificationFeedback(Message):
+    rows: int
+    correct: int
+    recent_rows: int
+    recent_correct: int
+    calibration_error: float
+    @property
+    def bins(self) -> RepeatedCompositeFieldContainer[CalibrationBin]: ...
+    @property
+    def confusion(self) -> RepeatedCompositeFieldContainer[ConfusionCount]: ...
+    def __init__(self, *, rows: int | None = ..., correct: int | None = ..., recent_rows: int | None = ..., recent_correct: int | None = ..., calibration_error: float | None = ..., bins: Iterable[CalibrationBin] | None = ..., confusion: Iterable[ConfusionCount] | None = ...) -> None: ...
+
+class CalibrationBin(Message):
+    lower: float
+    upper: float
+    rows: int
+    confidence: float
+    accuracy: float
+    def __init__(self, *, lower: float | None = ..., upper: float | None = ..., rows: int | None = ..., confidence: float | None = ..., accuracy: float | None = ...) -> None: ...
+
+class ConfusionCount(Message):
+    label: int
+    predicted: int
+    rows: int
+    def __init__(self, *, label: int | None = ..., predicted: int | None = ..., rows: int | None = ...) -> None: ...
+
+class RegressionFeedback(Message):
+    rows: int
+    error: float
+    absolute: float
+    squared: float
+    recent_rows: int
+    recent_absolute: float
+    def __init__(self, *, rows: int | None = ..., error: float | None = ..., absolute: float | None = ..., squared: float | None = ..., recent_rows: int | None = ..., recent_absolute: float | None = ...) -> None: ...
+
 class HealthCheckRequest(Message):
     service: str
     def __init__(self, *, service: str | None = ...) -> None: ...

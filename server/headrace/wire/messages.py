@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SERVICE = "inference.GRPCInferenceService"
 HEALTH_SERVICE = "grpc.health.v1.Health"
 ADMIN_SERVICE = "headrace.v1.ModelAdmin"
+FEEDBACK_SERVICE = "headrace.v1.ModelFeedback"
 
 
 def _read_descriptors() -> descriptor_pb2.FileDescriptorSet:

@@ -7,18 +7,20 @@ from typing import Protocol
 
 from headrace.rpc.admin import AdminService
 from headrace.rpc.control import ControlService
+from headrace.rpc.feedback import FeedbackService
 from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 
 
 @dataclass(frozen=True, slots=True)
 class Services:
-    """What every transport serves; without `admin` that service is unknown."""
+    """What every transport serves; without `admin` or `feedback` that service is unknown."""
 
     inference: InferenceService
     control: ControlService
     health: HealthService
     admin: AdminService | None = None
+    feedback: FeedbackService | None = None
 
     def close(self) -> None:
         """End every watch and every load by request, after the models have announced the stop."""

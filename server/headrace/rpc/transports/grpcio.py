@@ -31,7 +31,7 @@ from headrace.rpc.transports.grpcio_calls import (
 )
 from headrace.rpc.transports.grpcio_stream import InferStream
 from headrace.rpc.transports.listeners import SOCKET_MODE, UNIX, bind_problem, clear_stale_socket, load_certificates
-from headrace.wire.messages import ADMIN_SERVICE, HEALTH_SERVICE, SERVICE
+from headrace.wire.messages import ADMIN_SERVICE, FEEDBACK_SERVICE, HEALTH_SERVICE, SERVICE
 
 
 class GrpcioTransport:
@@ -104,6 +104,9 @@ class GrpcioTransport:
         served = {SERVICE: methods, HEALTH_SERVICE: health}
         if services.admin is not None:
             served[ADMIN_SERVICE] = _admin_methods(services.admin)
+        if services.feedback is not None:
+            calls = services.feedback.methods().items()
+            served[FEEDBACK_SERVICE] = {name: _unary(name, serve_slow_unary(call)) for name, call in calls}
         # Looked through in order, so inference comes first.
         return [
             *(grpc.method_handlers_generic_handler(service, handlers) for service, handlers in served.items()),

@@ -38,7 +38,7 @@ from headrace.rpc.transports.base import Services
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.rpc.transports.listeners import SOCKET_MODE, UNIX, bind_problem, clear_stale_socket
 from headrace.telemetry.log import get_logger
-from headrace.wire.messages import ADMIN_SERVICE, HEALTH_SERVICE, SERVICE
+from headrace.wire.messages import ADMIN_SERVICE, FEEDBACK_SERVICE, HEALTH_SERVICE, SERVICE
 
 log = get_logger(__name__)
 
@@ -381,6 +381,8 @@ def _unary_methods(services: Services) -> dict[str, Serve]:
     for service, offered in ((SERVICE, services.control.methods()), (HEALTH_SERVICE, services.health.methods())):
         methods.update((f"/{service}/{name}", _at_once(call)) for name, call in offered.items())
     methods.update((f"/{SERVICE}/{name}", _slow(call)) for name, call in services.control.slow_methods().items())
+    if services.feedback is not None:
+        methods.update((f"/{FEEDBACK_SERVICE}/{name}", _slow(call)) for name, call in services.feedback.methods().items())
     if services.admin is not None:
         # Here and not behind: there every caller comes by a Unix socket and would pass for local.
         methods.update((f"/{ADMIN_SERVICE}/{name}", _admin(call)) for name, call in services.admin.methods().items())
