@@ -120,7 +120,6 @@ class Dashboard:
             started=self._started,
             is_live=self._models.is_live,
             is_ready=self._models.is_ready,
-            why="" if self._models.is_live else "the server is shutting down",
         )
         events = self._admin.event_log.since(0) if self._shows_events else None
         views = sort_views(self._models.find("", ""))

@@ -26,8 +26,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """`run` names one run of a server: another one's counters are not compared with this one's. `at`: wall clock; `clock`: monotonic.
-    `why`: what a server that is not ready lacks."""
+    """`run` names one run of a server: another one's counters are not compared with this one's. `at`: wall clock; `clock`: monotonic."""
 
     run: str
     version: str
@@ -36,7 +35,6 @@ class ServerState:
     started: float
     is_live: bool
     is_ready: bool
-    why: str = ""
 
 
 Views = Mapping[tuple[str, int, str], deque[VersionView]]
@@ -138,7 +136,7 @@ def encode_drift_summary(report: DriftReport) -> Values:
             "rows": reference.rows,
             "created": reference.created,
             "digest": reference.digest[:12],
-            "accuracy": rounded(reference_accuracy(reference)),
+            "accuracy": _known(reference_accuracy(reference)),
         }
     if window is not None:
         worst = max([score.psi / score.psi_critical for score in window.scores if score.psi_critical > 0], default=0.0)
@@ -147,10 +145,14 @@ def encode_drift_summary(report: DriftReport) -> Values:
             "ended": window.ended,
             "rows": window.rows,
             "excess": rounded(worst),
-            "accuracy": rounded(window.estimated_accuracy),
+            "accuracy": _known(window.estimated_accuracy),
             "error": rounded(window.estimated_error),
         }
     return summary
+
+
+def _known(accuracy: float) -> float | None:
+    return rounded(accuracy) if accuracy >= 0 else None
 
 
 def drift_status(report: DriftReport) -> str:
