@@ -213,7 +213,7 @@ export function overWindows(values, limit, windows, { width, height, label, limi
   const y = (value) => floor - ((value - low) / (high - low || 1)) * (floor - TOP);
   const x = (index) => (values.length < 2 ? (left + right) / 2 : left + 5 + (index / (values.length - 1)) * (right - left - 10));
   const read = (value) => (isPart ? format.percent(value) : format.score(value));
-  const write = (part) => (isPart ? `${((low + part) * 100).toFixed(0)} %` : format.value(part));
+  const write = (part) => (isPart ? `${Number(((low + part) * 100).toFixed(1))} %` : format.value(part));
   const dots = values.map((value, index) => {
     if (value === null) return null;
     const title = `${format.when(windows[index].ended)}, ${format.count(windows[index].rows)} rows: ${read(value)}`;
