@@ -107,7 +107,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_drift",
         "headrace.cli_drift_tables",
         "headrace.cli_local",
-        "headrace.cli_models", "headrace.cli_replay", "headrace.cli_feedback",
+        "headrace.cli_models",
+        "headrace.cli_replay",
+        "headrace.cli_feedback",
         "headrace.cli_tables",
     ),
 )
