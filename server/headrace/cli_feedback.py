@@ -258,9 +258,6 @@ _NUMBERS = ("rows", "is right", "is sure", "of the true class")
 def _plain_table(*headers: str) -> Table:
     from rich.table import Column, Table
 
-    columns = (
-        [Column(header, justify="right" if header in _NUMBERS else "left", overflow="fold") for header in headers]
-        if headers
-        else [Column(style="dim", no_wrap=True), Column(ratio=1)]
-    )
+    columns = [Column(header, justify="right" if header in _NUMBERS else "left", overflow="fold") for header in headers]
+    columns = columns or [Column(style="dim", no_wrap=True), Column(ratio=1)]
     return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=bool(headers))

@@ -59,7 +59,7 @@ def test_capture_and_feedback_of_a_model() -> None:
     assert (config.feedback.enabled, config.feedback.keep, config.feedback.kind) == (True, 60.0, "regression")
     with pytest.raises(ConfigError, match=r"m/model.toml \[capture\]: unknown key 'redacted', did you mean 'redact'"):
         parse_model_toml(b'[capture]\nredacted = ["a"]\n', "m")
-    with pytest.raises(ConfigError, match="capture_fraction: expected 0 to 1, got 2.0"):
+    with pytest.raises(ConfigError, match=r"capture_fraction: expected 0 to 1, got 2\.0"):
         load_server_config({"capture_fraction": "2"}, {}, None)
 
 
