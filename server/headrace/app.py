@@ -21,6 +21,7 @@ from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
 from headrace.feedback.feedbacks import Feedbacks
+from headrace.http.dashboard import Dashboard
 from headrace.http.server import HttpServer
 from headrace.lifecycle.admin import Admin
 from headrace.lifecycle.control import ExplicitControl
@@ -115,27 +116,34 @@ class Server:
             await asyncio.to_thread(self.captures.start)
         self._start_webhooks()
         if self.config.http:
-            registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
-            registry.register(LifecycleCollector(self.admin))
-            if self.webhooks is not None:
-                registry.register(WebhookCollector(self.webhooks))
-            if self.tracing is not None:
-                registry.register(TracingCollector(self.tracing))
-            registry.register(FeedbackCollector(self.feedbacks))
-            if self.captures is not None:
-                registry.register(CaptureCollector(self.captures))
-            self.http = HttpServer(self.config.http, self.models, registry, webhook_secret=self.config.webhook_secret, hint=self._look_now)
+            self.http = self._make_http()
             self.http_address = await self.http.start()
         self.grpc_addresses = await self.transport.start()
         log.info("server listening", grpc=self.grpc_addresses, http=self.http_address, transport=choose(self.config))
         await self._load()
+
+    def _make_http(self) -> HttpServer:
+        config = self.config
+        registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
+        registry.register(LifecycleCollector(self.admin))
+        registry.register(FeedbackCollector(self.feedbacks))
+        if self.webhooks is not None:
+            registry.register(WebhookCollector(self.webhooks))
+        if self.tracing is not None:
+            registry.register(TracingCollector(self.tracing))
+        if self.captures is not None:
+            registry.register(CaptureCollector(self.captures))
+        dashboard = Dashboard(self.models, self.admin, shows_events=config.admin != "off") if config.dashboard else None
+        return HttpServer(
+            config.http, self.models, registry, webhook_secret=config.webhook_secret, hint=self._look_now, dashboard=dashboard
+        )
 
     def _start_webhooks(self) -> None:
         config = self.config
         if config.drift_webhooks:
             self.webhooks = Webhooks(config.drift_webhooks, config.drift_webhook_secret, f"//{socket.gethostname()}/headrace")
             self.webhooks.start()
-            self.drift.subscribe(self.webhooks.alert)
+            self.drift.subscribe(self.webhooks.alerts)
             self.models.event_log.subscribe(self.webhooks.lifecycle)
 
     def _look_now(self) -> None:

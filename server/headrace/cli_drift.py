@@ -34,7 +34,12 @@ def add_drift(drift: argparse.ArgumentParser) -> None:
     profile.add_argument("--model", required=True, metavar="MODEL", help="a model's directory, or with --models its name there")
     add_repository(profile)
     profile.add_argument(
-        "--data", required=True, nargs="+", type=Path, metavar="FILE", help=".npz, .npy, .csv or .parquet: data as in production"
+        "--data",
+        required=True,
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help=".npz, .npy, .csv, .parquet, or a directory that a server has captured into: data as in production",
     )
     profile.add_argument(
         "--label", default="", metavar="COLUMN", help="which column is the true class: then accuracy is estimated while it serves"
@@ -126,9 +131,9 @@ def _make(options: argparse.Namespace, local: LocalModel) -> tuple[Reference, by
     directory = local.fetched.version_directory
     effective = resolve_model(local.model.config, local.fetched.model_directory, directory, backends)
     digests = [digest(path) for path in options.data if path.is_file()]
-    data_digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+    data_digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest() if digests else ""
     subject = Subject(effective, directory, options.label, options.bins)
-    with _progress(options.data) as (chunks, tell):
+    with _progress(options.data, local.model.name) as (chunks, tell):
         reference = profile(subject, chunks, backends, data_digest=data_digest, created=round(time.time()), tell=tell)
     raw = encode(reference)
     # As the server will read it: what it would refuse is not written.
@@ -140,8 +145,9 @@ def _make(options: argparse.Namespace, local: LocalModel) -> tuple[Reference, by
 class _progress:  # noqa: N801  # a context manager by use
     """The chunks of all files, with a bar on standard error where that is a terminal."""
 
-    def __init__(self, paths: list[Path]) -> None:
+    def __init__(self, paths: list[Path], model: str) -> None:
         self._paths = paths
+        self._model = model
 
     def __enter__(self) -> tuple[Iterator[Mapping[str, Any]], Callable[[int], None]]:
         from rich.console import Console
@@ -166,10 +172,12 @@ class _progress:  # noqa: N801  # a context manager by use
         self._bar.stop()
 
     def _chunks(self) -> Iterator[Mapping[str, Any]]:
+        from headrace.profiling.captures import read_capture_chunks
         from headrace.profiling.data_files import read_chunks
 
         for number, path in enumerate(self._paths):
-            for chunk, part in read_chunks(path):
+            chunks = read_capture_chunks(path, self._model) if path.is_dir() else read_chunks(path)
+            for chunk, part in chunks:
                 yield chunk
                 self._bar.update(self._task, completed=number + part)
 

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from headrace.cli_tables import moment, plain, span
-from headrace.drift.ranking import Ranked, rank
+from headrace.drift.ranking import Ranked, rank, worst_first
 from headrace.drift.reference import FeatureReference, Reference
 from headrace.drift.verdict import Alert, DriftReport
 from headrace.errors import ConfigError
@@ -23,6 +23,8 @@ _BAR = 24
 _SPARKS = "▁▂▃▄▅▆▇█"
 _LATEST = 24
 """Windows of the sparkline."""
+_WORST = 3
+"""Features whose alerts are told in a sentence."""
 _SHOWN = 40
 """Features of a report; the others are counted. `--json` has all."""
 
@@ -74,7 +76,7 @@ def report_page(report: DriftReport, now: float) -> RenderableType:
     """Everything at a glance, the worst features first."""
     parts: list[RenderableType] = [Text(f"{report.model}:{report.version}", "bold"), *_lines(_state(report, now))]
     if report.alerts:
-        parts += [Text(""), *[_alert(alert, now) for alert in report.alerts[:_SHOWN]]]
+        parts += [Text(""), *_alerts(report.alerts, now)]
     ranked = rank(report)
     if ranked:
         parts += [Text(""), _features(ranked[:_SHOWN])]
@@ -102,8 +104,18 @@ def _state(report: DriftReport, now: float) -> Iterator[tuple[str, str]]:
     yield "window", f"{window.rows:,} rows in {span(window.ended - window.began)}, ended {span(now - window.ended)} ago"
     if window.estimated_accuracy >= 0:
         beside = f", {window.reference_accuracy:.2%} in the reference" if window.reference_accuracy >= 0 else ""
-        yield "accuracy", f"{window.estimated_accuracy:.2%} estimated (standard error {window.estimated_error:.2%}){beside}"
+        doubt = "; inputs drift, so confidence may be wrong" if any(alert.side == "input" for alert in report.alerts) else ""
+        yield "accuracy", f"{window.estimated_accuracy:.2%} estimated (standard error {window.estimated_error:.2%}){beside}{doubt}"
     yield "alerts", f"{len(report.alerts)} raised, {sum(alert.is_raised for alert in report.past_alerts)} ever"
+
+
+def _alerts(alerts: Sequence[Alert], now: float) -> list[Text]:
+    """All of the version as a whole; of features the worst, since the table has them all."""
+    shown = sum([not alert.feature for alert in alerts]) + _WORST
+    lines = [_alert(alert, now) for alert in worst_first(alerts)[:shown]]
+    if len(alerts) > shown:
+        lines.append(Text(f"and {len(alerts) - shown} more", _QUIET))
+    return lines
 
 
 def _alert(alert: Alert, now: float) -> Text:

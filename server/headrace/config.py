@@ -121,6 +121,9 @@ class ServerConfig:
     webhook_secret: str = _option(
         "", "What MLflow signs its webhooks with; empty: /v2/webhooks/mlflow is off. Only as HEADRACE_WEBHOOK_SECRET.", secret=True
     )
+    dashboard: bool = _option(
+        True, "A page for browsers at the root of the http listener: it shows what metrics and admin show, and changes nothing."
+    )
     drift: bool = _option(True, "Watch models for drift, as the [drift] of each says; off: none of them.")
     drift_webhooks: tuple[str, ...] = _option(
         (), "URLs that get each drift alert, promotion, rollback and failed load as a CloudEvent (docs/drift/act.md)."
@@ -349,6 +352,17 @@ class RolloutConfig:
     )
     max_disagreement: float = _option(
         0.0, "Shadow: rolled back when more of its answers than that differ from the old version's. 0: not watched.", minimum=0
+    )
+    max_drift: float = _option(
+        0.0,
+        "Rolled back when an output's distribution is further than that (PSI beyond chance) from the old version's in the same time, or, "
+        "where they are counted into different ranges, from the reference published with the version. 0: not watched.",
+        minimum=0,
+    )
+    max_accuracy_drop: float = _option(
+        0.0,
+        "Rolled back when its accuracy, estimated from confidence, is below the old version's by more; 0.02: two points. 0: not watched.",
+        minimum=0,
     )
     tolerance: float = _option(
         0.05, "Shadow: outputs differ when they are off by more than that times 1 + |old|, or rank another class first.", minimum=0

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tritonclient.grpc as client
+from digits_requests import ask
 from headrace import cli
 from headrace.app import Server
 from headrace.config import ServerConfig
 from headrace.drift.reference_file import decode
+from headrace.testing import serve_in_process
 from sklearn.datasets import load_digits
 
 Capture = pytest.CaptureFixture[str]
@@ -74,6 +76,22 @@ def test_tables_give_the_same_reference_as_arrays(model: Path, data: Path, suffi
         assert drift("profile", "--model", model, "--data", source, "--label", "digit", "--out", source.with_suffix(".msgpack")) == 0
     arrays, rows = (decode(source.with_suffix(".msgpack").read_bytes()) for source in (data, path.with_suffix(".msgpack")))
     assert (rows.features, rows.calibration, rows.accuracy) == (arrays.features, arrays.calibration, arrays.accuracy)
+
+
+async def test_what_a_server_has_captured_becomes_the_reference(model: Path, data: Path, tmp_path: Path, capsys: Capture) -> None:
+    captures = tmp_path / "captures"
+    async with serve_in_process(model.parent, capture=str(captures), capture_max_per_second=1000.0) as server:
+        await asyncio.to_thread(ask, server.grpc_addresses[0], [8] * 200 + [1] * 197)  # all digits once
+    for source in (captures, data):
+        out = source.with_suffix(".msgpack")
+        assert await asyncio.to_thread(drift, "profile", "--model", model, "--data", source, "--out", out) == 0
+    captured, whole = (decode(source.with_suffix(".msgpack").read_bytes()) for source in (captures, data))
+    assert captured.features == whole.features
+    shutil.move(model, model.with_name("letters"))
+    assert (
+        await asyncio.to_thread(drift, "profile", "--model", model.with_name("letters"), "--data", captures, "--out", tmp_path / "r") == 2
+    )
+    assert "expected requests for model 'letters', got those for digits" in capsys.readouterr().err
 
 
 def test_a_published_version_is_left_as_it_is(tmp_path: Path, model: Path, data: Path, capsys: Capture) -> None:

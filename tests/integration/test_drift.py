@@ -75,7 +75,7 @@ async def test_mirrored_digits_are_told_from_clean_ones_and_a_swap_mixes_nothing
     alerts: list[Alert] = []
     await server.start()
     try:
-        server.drift.subscribe(alerts.append)
+        server.drift.subscribe(alerts.extend)
         address = server.grpc_addresses[0]
 
         await asyncio.to_thread(send, address, CLEAN, 75)

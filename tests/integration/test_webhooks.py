@@ -47,7 +47,7 @@ class Receiver:
 
     @property
     def texts(self) -> list[str]:
-        return [json.loads(body)["data"]["text"] for _, body in self.got]
+        return [json.loads(body)["data"]["alerts"][0]["text"] for _, body in self.got]
 
 
 @asynccontextmanager
@@ -90,7 +90,7 @@ def numbered(number: int) -> Alert:
 
 async def test_an_alert_is_a_signed_cloud_event() -> None:
     async with listening(Receiver()) as receiver, sending(receiver.url) as webhooks:
-        webhooks.alert(ALERT)
+        webhooks.alerts([ALERT])
         await until(lambda: webhooks.outcomes["delivered"] == 1)
     ((headers, body),) = receiver.got
     assert headers["content-type"] == "application/cloudevents+json; charset=utf-8"
@@ -101,11 +101,13 @@ async def test_an_alert_is_a_signed_cloud_event() -> None:
         "specversion": "1.0",
         "source": "//host/headrace",
         "type": "headrace.drift.alert.raised.v1",
-        "subject": "models/digits/versions/3/inputs/image.mean",
+        "subject": "models/digits/versions/3",
         "time": "2027-01-15T08:00:00.500Z",
         "datacontenttype": "application/json",
     }
-    assert (data["model"], data["version"], data["statistic"], data["value"], data["rows"]) == ("digits", 3, "psi", 0.42, 12_000)
+    (alert,) = data.pop("alerts")
+    assert (data["model"], data["version"], data["rows"]) == ("digits", 3, 12_000)
+    assert (alert["feature"], alert["side"], alert["statistic"], alert["value"]) == ("image.mean", "input", "psi", 0.42)
     assert is_genuine(signing_key(SECRET), headers, body, time.time())
     assert not is_genuine(signing_key("another"), headers, body, time.time())
     assert not is_genuine(signing_key(SECRET), headers, body + b" ", time.time())
@@ -126,11 +128,11 @@ def test_the_signature_is_that_of_standard_webhooks() -> None:
 
 async def test_without_a_secret_nothing_is_signed_and_what_is_no_number_is_null() -> None:
     async with listening(Receiver()) as receiver, sending(receiver.url, secret="") as webhooks:
-        webhooks.alert(replace(ALERT, critical=float("inf"), is_raised=False, feature="", side=""))
+        webhooks.alerts([replace(ALERT, critical=float("inf"), is_raised=False, feature="", side="")])
         await until(lambda: webhooks.outcomes["delivered"] == 1)
     ((headers, body),) = receiver.got
     event = json.loads(body, parse_constant=pytest.fail)
-    assert (event["type"], event["subject"], event["data"]["critical"]) == (
+    assert (event["type"], event["subject"], event["data"]["alerts"][0]["critical"]) == (
         "headrace.drift.alert.over.v1", "models/digits/versions/3", None,
     )  # fmt: skip
     assert "webhook-signature" not in headers
@@ -155,7 +157,7 @@ async def test_what_a_rollout_decided_is_sent_and_what_happens_every_day_is_not(
 async def test_one_that_fails_twice_is_tried_again_with_the_same_id_and_the_next_waits_for_it() -> None:
     async with listening(Receiver((503, 500, 204))) as receiver, sending(receiver.url) as webhooks:
         for number in (1, 2, 3):
-            webhooks.alert(numbered(number))
+            webhooks.alerts([numbered(number)])
         await until(lambda: webhooks.outcomes["delivered"] == 3)
     assert receiver.texts == ["1", "1", "1", "2", "3"]
     ids = [headers["webhook-id"] for headers, _ in receiver.got]
@@ -167,8 +169,8 @@ async def test_one_that_fails_twice_is_tried_again_with_the_same_id_and_the_next
 @pytest.mark.parametrize("status", [400, 401, 404, 410, 302])
 async def test_a_refusal_and_a_redirect_are_final(status: int) -> None:
     async with listening(Receiver((status, 204), {"Location": "/hook/elsewhere"})) as receiver, sending(receiver.url) as webhooks:
-        webhooks.alert(numbered(1))
-        webhooks.alert(numbered(2))
+        webhooks.alerts([numbered(1)])
+        webhooks.alerts([numbered(2)])
         await until(lambda: webhooks.outcomes["delivered"] == 1)
     assert receiver.texts == ["1", "2"]
     assert webhooks.outcomes["refused"] == 1
@@ -177,8 +179,8 @@ async def test_a_refusal_and_a_redirect_are_final(status: int) -> None:
 async def test_an_event_at_which_the_receiver_always_fails_does_not_block_the_others_for_ever() -> None:
     policy = replace(QUICK, most_refusals=3)
     async with listening(Receiver((500, 500, 500, 204))) as receiver, sending(receiver.url, policy=policy) as webhooks:
-        webhooks.alert(numbered(1))
-        webhooks.alert(numbered(2))
+        webhooks.alerts([numbered(1)])
+        webhooks.alerts([numbered(2)])
         await until(lambda: webhooks.outcomes["delivered"] == 1)
     assert receiver.texts == ["1", "1", "1", "2"]
     assert webhooks.outcomes == {"failed": 1, "delivered": 1}
@@ -189,7 +191,7 @@ async def test_a_receiver_that_is_not_there_yet_gets_it_when_it_comes() -> None:
         url = receiver.url
     port = int(url.split(":")[2].split("/")[0])
     async with sending(url) as webhooks:
-        webhooks.alert(ALERT)
+        webhooks.alerts([ALERT])
         await asyncio.sleep(0.05)
         assert webhooks.pending == 1
         async with listening(Receiver(), port) as receiver:
@@ -200,7 +202,7 @@ async def test_a_receiver_that_is_not_there_yet_gets_it_when_it_comes() -> None:
 async def test_what_became_too_old_is_given_up() -> None:
     policy = replace(QUICK, oldest=0.02)
     async with listening(Receiver((503,))) as receiver, sending(receiver.url, policy=policy) as webhooks:
-        webhooks.alert(ALERT)
+        webhooks.alerts([ALERT])
         await until(lambda: webhooks.outcomes["expired"] == 1)
 
 
@@ -208,7 +210,7 @@ async def test_a_receiver_that_hangs_times_out_and_holds_up_no_other() -> None:
     policy = replace(QUICK, timeout=0.05)
     async with listening(Receiver()) as slow, listening(Receiver()) as good, sending(slow.url, good.url, policy=policy) as webhooks:
         slow.may_answer.clear()
-        webhooks.alert(ALERT)
+        webhooks.alerts([ALERT])
         await until(lambda: len(good.got) == 1 and len(slow.got) >= 2)
         slow.may_answer.set()
         await until(lambda: webhooks.outcomes["delivered"] == 2)
@@ -237,10 +239,10 @@ def test_retry_after_is_seconds_or_a_date(value: str, seconds: float) -> None:
 async def test_when_too_many_wait_the_newest_are_kept() -> None:
     async with listening(Receiver()) as receiver, sending(receiver.url, policy=replace(QUICK, waiting=3)) as webhooks:
         receiver.may_answer.clear()
-        webhooks.alert(numbered(1))
+        webhooks.alerts([numbered(1)])
         await receiver.came.wait()
         for number in range(2, 11):
-            webhooks.alert(numbered(number))
+            webhooks.alerts([numbered(number)])
         assert webhooks.pending == 3
         receiver.may_answer.set()
         await until(lambda: webhooks.outcomes["delivered"] == 3)
@@ -252,7 +254,7 @@ async def test_a_stop_delivers_what_waits_without_waiting_to_try_again() -> None
     async with listening(Receiver((503, 204))) as receiver:
         async with sending(receiver.url, policy=DeliveryPolicy(first_wait=3600.0, longest_wait=3600.0)) as webhooks:
             for number in (1, 2, 3):
-                webhooks.alert(numbered(number))
+                webhooks.alerts([numbered(number)])
             await receiver.came.wait()
         assert receiver.texts == ["1", "1", "2", "3"]
     assert webhooks.outcomes == {"delivered": 3}
@@ -262,8 +264,8 @@ async def test_a_stop_does_not_wait_for_a_receiver_that_hangs() -> None:
     async with listening(Receiver()) as receiver:
         receiver.may_answer.clear()
         async with sending(receiver.url) as webhooks:
-            webhooks.alert(numbered(1))
-            webhooks.alert(numbered(2))
+            webhooks.alerts([numbered(1)])
+            webhooks.alerts([numbered(2)])
             await receiver.came.wait()
     assert webhooks.outcomes == {"shutdown": 2}
     assert webhooks.pending == 0
@@ -284,4 +286,4 @@ def test_what_is_no_url_is_refused_at_start(url: str) -> None:
 
 
 def test_equal_alerts_of_two_moments_are_two_events() -> None:
-    assert alert_event(ALERT, "s", "1").body != alert_event(ALERT, "s", "2").body
+    assert alert_event([ALERT], "s", "1").body != alert_event([ALERT], "s", "2").body

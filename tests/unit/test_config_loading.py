@@ -41,7 +41,7 @@ def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     seconds = {"shutdown_grace_s": "2.5", "poll_interval_s": "2.5", "settle_s": "2.5"}
     texts |= {"tracing": "console"}
     numbers |= {"trace_fraction": "0.5", "trace_max_per_second": "2.5"}
-    numbers |= {"capture_fraction": "0.5", "capture_max_per_second": "2.5", "capture_max_bytes": "100000"}
+    numbers |= {"capture_fraction": "0.5", "capture_max_bytes": "8388608", "capture_max_per_second": "2.5"}
     choices = field.metadata["choices"]
     text = {**texts, **numbers, **seconds}.get(key) or (choices[-1] if choices else "true" if field.type == "bool" else "x")
     environment = {f"HEADRACE_{key.upper()}": text}

@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.feedback",
     ),
     (
+        "headrace.lifecycle.answers",
         "headrace.lifecycle.events",
         "headrace.lifecycle.memory",
         "headrace.lifecycle.tasks",
@@ -125,7 +126,8 @@ PURE = (
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
-    "headrace.drift.ranking", "headrace.drift.page", "headrace.profiling.rows",
+    "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
+    "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (

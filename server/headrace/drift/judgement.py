@@ -33,7 +33,8 @@ _MISSING, _INFINITE = QUALITY.index("missing"), QUALITY.index("infinite")
 class Histograms:
     """A reference's features side by side: [features, bins], each with its bins, then its missing rows, then its infinite ones.
 
-    `real` is False where a feature has fewer bins than others. Immutable; made once for a reference.
+    `real` is False where a feature has fewer bins than others; `others` is True at the bin of categories that have none of their own.
+    Immutable; made once for a reference.
     """
 
     def __init__(self, reference: Reference) -> None:
@@ -44,6 +45,7 @@ class Histograms:
         self.reference = np.zeros((len(features), width), np.int64)
         self.is_numeric = np.array([each.is_numeric for each in features], np.bool_)
         self._is_bin = np.zeros((len(features), width), np.bool_)
+        self.others = np.zeros((len(features), width), np.bool_)
         self._weights = np.zeros((len(features), width))
         for row, each in enumerate(features):
             size, start = len(each.counts), layout.starts[row]
@@ -51,6 +53,7 @@ class Histograms:
             self.places[row, size : size + 2] = start + size + _MISSING, start + size + _INFINITE
             self.reference[row, : size + 2] = *each.counts, each.missing, each.infinite
             self._is_bin[row, :size] = True
+            self.others[row, size - 1] = not each.is_numeric
             if each.is_numeric:
                 self._weights[row, :size] = wasserstein_weights(each.edges, each.minimum, each.maximum, each.deviation)
         self.real = self.places < layout.width
@@ -106,7 +109,7 @@ def _score(histograms: Histograms, counts: Counts, config: DriftConfig, alpha: f
     psi, js = statistics.psi(live, reference, real), statistics.js(live, reference, real)
     distances = histograms.cdf_distances(live)
     ks, wasserstein = distances.max(axis=1), histograms.wasserstein(distances)
-    chi2, df, p_values = statistics.compare(live, reference)
+    chi2, df, p_values = statistics.compare(live, reference, histograms.others)
     p_values = np.where(rows >= config.min_rows, p_values, 1.0)
     is_drifting = statistics.benjamini_hochberg(p_values, alpha) & (psi >= config.min_psi)
     scores = []

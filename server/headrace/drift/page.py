@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from html import escape
 
-from headrace.drift.ranking import Ranked, rank
+from headrace.drift.ranking import Ranked, rank, worst_first
 from headrace.drift.verdict import DriftReport, WindowVerdict
 
 _STYLE = """
@@ -35,6 +35,8 @@ th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: l
 tr.bad td { color: var(--bad); } .scroll { overflow-x: auto; } .key { display: inline-block; width: .8em; height: .8em; }
 """
 _PLOTTED = 24
+_TOLD = 6
+"""Alerts; the others fold out."""
 _WIDTH, _HEIGHT, _FOOT = 300, 110, 16
 
 
@@ -69,7 +71,8 @@ def _about(report: DriftReport) -> str:
         facts.append(f"latest window: {window.rows:,} rows, ended {_moment(window.ended)}")
         if window.estimated_accuracy >= 0:
             beside = f" ({window.reference_accuracy:.1%} in the reference)" if window.reference_accuracy >= 0 else ""
-            facts.append(f"estimated accuracy {window.estimated_accuracy:.1%}{beside}")
+            doubt = ", of confidence that may be wrong, as inputs drift" if any(alert.side == "input" for alert in report.alerts) else ""
+            facts.append(f"estimated accuracy {window.estimated_accuracy:.1%}{beside}{doubt}")
     return f"<p class=about>{'. '.join(facts)}.</p>"
 
 
@@ -78,9 +81,11 @@ def _alerts(report: DriftReport) -> list[str]:
         return ["<p class=calm>No alert.</p>"]
     lines = [
         f"<li>{escape(alert.text)} <small>after {alert.rows:,} rows, {_moment(alert.at)}</small></li>"
-        for alert in sorted(report.alerts, key=lambda alert: alert.kind != "accuracy")
+        for alert in worst_first(report.alerts)
     ]
-    return [f"<h2>{len(lines)} alert{'s' if len(lines) > 1 else ''}</h2><ul class=alerts>{''.join(lines)}</ul>"]
+    title = f"<h2>{len(lines)} alert{'s' if len(lines) > 1 else ''}</h2>"
+    rest = f"<details><summary>{len(lines) - _TOLD} more</summary><ul class=alerts>{''.join(lines[_TOLD:])}</ul></details>"
+    return [title, f"<ul class=alerts>{''.join(lines[:_TOLD])}</ul>", rest if len(lines) > _TOLD else ""]
 
 
 def _bars(each: Ranked) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from headrace.drift.counting import Layout
 from headrace.drift.reference import FeatureReference
-from headrace.drift.verdict import DriftReport, FeatureScore
+from headrace.drift.verdict import Alert, DriftReport, FeatureScore
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +47,11 @@ def rank(report: DriftReport) -> list[Ranked]:
         for index, each in enumerate(reference.features)
     ]
     return sorted(ranked, key=lambda each: (not each.is_raised, -each.excess))
+
+
+def worst_first(alerts: Sequence[Alert]) -> list[Alert]:
+    """Those of the version as a whole, then those of features by how far they are beyond what chance allows."""
+    return sorted(alerts, key=lambda alert: (bool(alert.feature), -abs(alert.value / (alert.critical or 1.0))))
 
 
 def _parts(counts: list[int]) -> tuple[float, ...]:

@@ -31,6 +31,9 @@ MOST = 10
 """Starting points that are kept, at ages that about double."""
 CONCENTRATION = 30.0
 """Rows that the prior of the other hypothesis is worth: a shift of PSI 0.05 to 1 is what it expects."""
+UNSEEN = 0.5
+"""Rows that each bin is taken to have beside (Jeffreys' prior), under both hypotheses: where the other one expected less of bins that
+stay empty, a constant that stays constant was evidence of drift after a million rows."""
 SETTLED = 8
 """Windows without evidence after which an alarm is over."""
 
@@ -68,8 +71,8 @@ class SlowDrift:
     def __init__(self, reference: Reference, config: DriftConfig, histograms: Histograms | None = None) -> None:
         self._histograms = made = histograms or Histograms(reference)
         shares = reference_fractions(made.reference, made.real)
-        self._same = _Hypothesis(made.reference + 0.5, made.real)
-        self._other = _Hypothesis(CONCENTRATION * shares + 1e-3, made.real)
+        self._same = _Hypothesis(made.reference + UNSEEN, made.real)
+        self._other = _Hypothesis(CONCENTRATION * shares + UNSEEN, made.real)
         features = max(len(reference.features), 1)
         self._threshold = math.log(features / (config.alpha * SHARES["slow"]))
         self._min_psi = config.min_psi

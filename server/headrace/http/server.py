@@ -1,4 +1,4 @@
-"""Metrics, health and the registry's webhook over HTTP."""
+"""Metrics, health, the dashboard and the registry's webhook over HTTP."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from aiohttp import web
 
 from headrace.errors import ConfigError
+from headrace.http.dashboard import Dashboard
 from headrace.http.webhook import PATH as WEBHOOK_PATH
 from headrace.http.webhook import Webhook
 from headrace.lifecycle.view import ModelsView
@@ -19,6 +20,8 @@ Headrace
 /livez     200 while the process runs
 /readyz    200 when every wanted model is live, else 503 and what is missing
 """
+
+_PAGE = "/          in a browser: models, versions, throughput and drift, live\n"
 
 _STOP_SECONDS = 1.0
 """For answers under way when the server stops. Idle connections of scrapers and probes are closed at once."""
@@ -38,12 +41,14 @@ class HttpServer:
         *,
         webhook_secret: str = "",
         hint: Callable[[], None] | None = None,
+        dashboard: Dashboard | None = None,
     ) -> None:
         self._host, _, port = listener.rpartition(":")
         self._port = int(port)
         self._models = models
         self._registry = registry
         self._webhook = Webhook(webhook_secret, hint) if webhook_secret and hint is not None else None
+        self._dashboard = dashboard
         self._runner: web.AppRunner | None = None
 
     def __repr__(self) -> str:
@@ -78,12 +83,17 @@ class HttpServer:
             app.router.add_get(path, self._livez)
         for path in ("/readyz", "/v2/health/ready"):
             app.router.add_get(path, self._readyz)
+        if self._dashboard is not None:
+            self._dashboard.add_routes(app.router)
         if self._webhook is not None:
             app.router.add_post(WEBHOOK_PATH, self._webhook.answer)
         return app
 
     async def _root(self, request: web.Request) -> web.Response:
-        return web.Response(text=_ENDPOINTS)
+        # Browsers ask for HTML; curl and probes do not, and read the text.
+        if self._dashboard is not None and "text/html" in request.headers.get("Accept", ""):
+            return self._dashboard.answer_page()
+        return web.Response(text=_ENDPOINTS + (_PAGE if self._dashboard is not None else ""), headers={"Vary": "Accept"})
 
     async def _metrics(self, request: web.Request) -> web.Response:
         body, content_type = await self._registry.scrape(request.headers.get("Accept", ""))

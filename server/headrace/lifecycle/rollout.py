@@ -117,10 +117,20 @@ class Verdict:
     reason: str
 
 
-def judge(config: RolloutConfig, candidate: Evidence, baseline: Evidence, elapsed: float) -> Verdict:
-    """`elapsed`: seconds since the trial began. Ask as often as the counts change; the last answer is the one that holds."""
-    seen = candidate.compared if config.mode == "shadow" else candidate.answered
-    is_over = elapsed >= config.probation and seen >= config.min_requests
+def is_at_the_end(config: RolloutConfig, candidate: Evidence, elapsed: float) -> bool:
+    return elapsed >= config.probation and _seen(config, candidate) >= config.min_requests
+
+
+def _seen(config: RolloutConfig, candidate: Evidence) -> int:
+    return candidate.compared if config.mode == "shadow" else candidate.answered
+
+
+def judge(
+    config: RolloutConfig, candidate: Evidence, baseline: Evidence, elapsed: float, more: Sequence[str] = (), unknown: Sequence[str] = ()
+) -> Verdict:
+    """`elapsed`: seconds since the trial began. `more`: faults found elsewhere (answers.py), and `unknown` what could not be judged there.
+    Ask as often as the counts change; the last answer is the one that holds."""
+    seen, is_over = _seen(config, candidate), is_at_the_end(config, candidate, elapsed)
     faults = [
         _judge_rate("error rate", candidate.failed, candidate.requests, baseline.failed, baseline.requests, config.max_error_rate, is_over),
         _judge_rate(
@@ -130,12 +140,12 @@ def judge(config: RolloutConfig, candidate: Evidence, baseline: Evidence, elapse
         _judge_disagreement(config, candidate, is_over),
         _judge_latency(config.max_latency_ratio, candidate.sizes, baseline.sizes, is_over),
     ]  # fmt: skip
-    reasons = [fault for fault in faults if fault]
+    reasons = [fault for fault in (*faults, *more) if fault]
     if reasons:
         return Verdict(Decision.ROLLBACK, "; ".join(reasons))
     what = "requests compared" if config.mode == "shadow" else "requests answered"
     if is_over:
-        return Verdict(Decision.PASSED, f"nothing wrong in {elapsed:.0f} s and {seen:,} {what}")
+        return Verdict(Decision.PASSED, "; ".join([f"nothing wrong in {elapsed:.0f} s and {seen:,} {what}", *unknown]))
     return Verdict(
         Decision.CONTINUE, f"watched for {elapsed:.0f} of {config.probation:.0f} s, {seen:,} of at least {config.min_requests:,} {what}"
     )

@@ -10,7 +10,9 @@ from dataclasses import replace
 
 from headrace.config import RolloutConfig
 from headrace.errors import InvalidRequest
-from headrace.lifecycle.rollout import Decision, Evidence, Verdict, evidence, is_chosen, judge, spread, table
+from headrace.lifecycle import answers
+from headrace.lifecycle.answers import Answers
+from headrace.lifecycle.rollout import Decision, Evidence, Verdict, evidence, is_at_the_end, is_chosen, judge, spread, table
 from headrace.lifecycle.shadow import Shadow
 from headrace.lifecycle.version import ModelVersion
 from headrace.lifecycle.view import Call, Refused, RolloutDescription, Submits
@@ -38,6 +40,7 @@ class Trial:
         self._began = time.time()
         self._began_monotonic = time.monotonic()
         self._before = (candidate.counters.snapshot(), baseline.counters.snapshot())
+        self._drift_before = (candidate.drift, baseline.drift)
         self._counter = itertools.count()
         self._shadow = Shadow(candidate.model, candidate.version, config.tolerance)
         for version in (candidate, baseline):
@@ -102,7 +105,11 @@ class Trial:
 
     def look(self) -> Verdict:
         candidate, baseline = self._evidence()
-        return judge(self.config, candidate, baseline, time.monotonic() - self._began_monotonic)
+        elapsed = time.monotonic() - self._began_monotonic
+        if not answers.is_watched(self.config):
+            return judge(self.config, candidate, baseline, elapsed)
+        judged = answers.judge_answers(self.config, *self._answers(), is_at_the_end(self.config, candidate, elapsed))
+        return judge(self.config, candidate, baseline, elapsed, judged.faults, judged.unknown)
 
     def _evidence(self) -> tuple[Evidence, Evidence]:
         """On probation the old version has nothing to do any more: what it did before is what there is to compare with."""
@@ -110,6 +117,12 @@ class Trial:
         shadow = self._shadow.snapshot()
         candidate = evidence(self.candidate.counters.snapshot(), self._before[0], compared=shadow.compared, disagreeing=shadow.disagreeing)
         return candidate, evidence(self.baseline.counters.snapshot(), before)
+
+    def _answers(self) -> tuple[Answers, Answers]:
+        """The same of what drift counted: rows are counted a second or so after they were answered."""
+        before = None if self.config.mode == "probation" else self._drift_before[1]
+        candidate = answers.answers(self.candidate.version, self.candidate.drift, self._drift_before[0])
+        return candidate, answers.answers(self.baseline.version, self.baseline.drift, before)
 
     def describe(self) -> RolloutDescription:
         candidate, baseline = self._evidence()
@@ -125,8 +138,14 @@ class Trial:
             requests=candidate.compared if self.config.mode == "shadow" else candidate.answered,
             min_requests=self.config.min_requests,
             reason=self.reason,
-            evidence=table(candidate, baseline),
+            evidence=(*table(candidate, baseline), *self._describe_answers()),
         )
+
+    def _describe_answers(self) -> tuple[tuple[str, str, str], ...]:
+        if not answers.is_watched(self.config):
+            return ()
+        both = self._answers()
+        return answers.table(*both, answers.judge_answers(self.config, *both, is_over=False))
 
 
 class _Mirrored:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import base64
 import binascii
-import dataclasses
 import hashlib
 import hmac
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ TOLERANCE = 300.0
 SENT_KINDS = frozenset({"rollout", "promoted", "rolled_back", "taken_up", "failed"})
 """Of lifecycle events: those that a pipeline, which has put the version there, waits for."""
 
+_OF_ALERT = ("kind", "side", "feature", "statistic", "value", "critical", "text")
+
 
 class CloudEvent(NamedTuple):
     """`id`: the same however often and to whomever it is sent, so that a receiver can know it again. `body`: what is sent, and signed."""
@@ -33,13 +34,16 @@ class CloudEvent(NamedTuple):
     body: bytes
 
 
-def alert_event(alert: Alert, source: str, event_id: str) -> CloudEvent:
-    """`source`: a URI reference of who says so; with the id it is unique."""
-    subject = f"models/{alert.model}/versions/{alert.version}" + (f"/{alert.side}s/{alert.feature}" if alert.feature else "")
-    kind = f"headrace.drift.alert.{'raised' if alert.is_raised else 'over'}.v1"
-    data = dataclasses.asdict(alert)
-    del data["at"]
-    return _event(kind, source, event_id, subject, alert.at, data)
+def alert_event(alerts: Sequence[Alert], source: str, event_id: str) -> CloudEvent:
+    """What one window of a version says: all of it raised, or all over. `source`: a URI reference of who says so; with the id it is unique.
+
+    One event, since a drift shows in many features at once, and whoever retrains does so once.
+    """
+    first = alerts[0]
+    kind = f"headrace.drift.alert.{'raised' if first.is_raised else 'over'}.v1"
+    data = {name: getattr(first, name) for name in ("model", "version", "rows", "seconds")}
+    data["alerts"] = [{name: _number(getattr(alert, name)) for name in _OF_ALERT} for alert in alerts]
+    return _event(kind, source, event_id, f"models/{first.model}/versions/{first.version}", first.at, data)
 
 
 def lifecycle_event(event: Event, source: str, event_id: str) -> CloudEvent:
@@ -57,10 +61,15 @@ def _event(kind: str, source: str, event_id: str, subject: str, at: float, data:
         "subject": subject,
         "time": datetime.fromtimestamp(at, UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
         "datacontenttype": "application/json",
-        "data": {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in data.items()},
+        "data": {key: _number(value) for key, value in data.items()},
     }
     # Half a surrogate pair, from a file's name say, becomes JSON's own way to write one.
     return CloudEvent(event_id, kind, at, json.dumps(table, ensure_ascii=False, allow_nan=False).encode(errors="backslashreplace"))
+
+
+def _number(value: Any) -> Any:
+    """JSON has no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- the signature -----------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def parse_retry_after(value: str, now: float) -> float:
 
 
 class Webhooks:
-    """Owns a line of events for each URL. Event loop only; `start` and `stop` once each, `alert` and `lifecycle` at any time between."""
+    """Owns a line of events for each URL. Event loop only; `start` and `stop` once each, `alerts` and `lifecycle` at any time between."""
 
     def __init__(self, urls: Sequence[str], secret: str, source: str, policy: DeliveryPolicy | None = None) -> None:
         self._source = source
@@ -117,9 +117,9 @@ class Webhooks:
         for line in self._lines:
             self._tasks.start(line.run(session), f"webhook {line.name}")
 
-    def alert(self, alert: Alert) -> None:
+    def alerts(self, alerts: Sequence[Alert]) -> None:
         """For DriftMonitors.subscribe."""
-        self._send(alert_event(alert, self._source, str(uuid.uuid4())))
+        self._send(alert_event(alerts, self._source, str(uuid.uuid4())))
 
     def lifecycle(self, event: Event) -> None:
         """For EventLog.subscribe; most kinds are of no interest to anybody else."""

@@ -74,3 +74,11 @@ def test_starting_points_are_bounded() -> None:
     for _ in range(300):
         slow.update(counts_of(reference, (25, 25, 25, 25)))
     assert f"{MOST} starting points" in repr(slow)
+
+
+def test_a_constant_that_stays_so_is_no_evidence_however_long() -> None:
+    reference = reference_of(numeric("0", (3.0, 4.0), (0, 2000, 0)))
+    slow = SlowDrift(reference, DriftConfig(min_psi=0.0))
+    for _ in range(40):
+        slow.update(counts_of(reference, (0, 50_000, 0)))
+        assert slow.evidence()[0] < 1

@@ -40,7 +40,11 @@ def test_chi_square_is_scipys_for_a_table_of_two_rows() -> None:
     expected = stats.chi2_contingency(np.array([LIVE, REFERENCE]), correction=False)
     assert float(statistic) == pytest.approx(expected.statistic)
     assert int(df) == expected.dof
-    assert float(statistics.compare(LIVE, REFERENCE)[2]) == pytest.approx(expected.pvalue)
+    assert float(statistics.compare(LIVE, REFERENCE)[0]) == pytest.approx(expected.statistic)
+    # Of many rows both terms of a cell are nearly the same.
+    assert float(statistics.compare(LIVE * 100, REFERENCE * 100)[2]) == pytest.approx(
+        stats.chi2_contingency(np.array([LIVE, REFERENCE]) * 100, correction=False).pvalue, rel=0.3
+    )
 
 
 def test_psi_and_js_are_what_scipy_makes_of_the_same_fractions() -> None:
@@ -88,6 +92,26 @@ def test_p_values_are_seldom_small_without_drift(rows: int, shares: tuple[float,
     reference = RANDOM.multinomial(2000, p, 4000)
     _, _, p_values = statistics.compare(live, reference)
     assert np.mean(p_values < 0.01) < 0.015
+
+
+@pytest.mark.parametrize(("rows", "shares"), [(100, (0.95, 0.05)), (100, (0.6, 0.3, 0.06, 0.03, 0.009, 0.001)), (50, (0.1,) * 10)])
+def test_p_values_far_out_come_at_most_as_often_as_they_say(rows: int, shares: tuple[float, ...]) -> None:
+    random = np.random.default_rng(7)
+    live, reference = random.multinomial(rows, shares, 40_000), random.multinomial(2000, shares, 40_000)
+    p_values = statistics.compare(live, reference)[2]
+    assert np.mean(p_values < 0.001) < 0.001
+
+
+@pytest.mark.parametrize(("rows", "reference_rows"), [(100, 500), (5000, 2000), (50_000, 2000)])
+def test_categories_that_the_reference_chose_are_not_drift(rows: int, reference_rows: int) -> None:
+    random = np.random.default_rng(11)
+    shares = 1 / np.arange(1, 201)
+    live, reference = random.multinomial(rows, shares / shares.sum(), 3000), random.multinomial(reference_rows, shares / shares.sum(), 3000)
+    order = np.argsort(-reference, axis=1)
+    live, reference = [np.take_along_axis(each, order, axis=1) for each in (live, reference)]
+    live, reference = [np.column_stack([each[:, :50], each[:, 50:].sum(axis=1)]) for each in (live, reference)]
+    p_values = statistics.compare(live, reference, np.arange(51) == 50)[2]
+    assert np.mean(p_values < 0.01) < 0.02
 
 
 def test_an_unseen_category_is_significant() -> None:
