@@ -13,7 +13,9 @@ const PATIENCE = 5000;
 /** Older numbers are marked. */
 const FRESH = 4000;
 
-const page = Object.fromEntries(["readiness", "freshness", "stale", "totals", "filter", "models", "detail"].map((id) => [id, document.getElementById(id)]));
+const page = Object.fromEntries(
+  ["readiness", "freshness", "stale", "totals", "filter", "models", "detail"].map((id) => [id, document.getElementById(id)]),
+);
 const rates = new Rates();
 
 /** All that changes: the latest answers, when they came (this page's clock), and what is looked at. */
@@ -79,7 +81,8 @@ async function follow() {
       [now.failures, now.reason] = [0, ""];
     } catch (error) {
       now.failures += 1;
-      now.reason = error instanceof TypeError ? "it cannot be reached" : error.name === "TimeoutError" ? "it does not answer" : error.message;
+      now.reason =
+        error instanceof TypeError ? "it cannot be reached" : error.name === "TimeoutError" ? "it does not answer" : error.message;
     }
     render();
     const pause = Math.min(PERIOD * Math.max(now.failures, 1), SLOWEST);
@@ -94,7 +97,6 @@ function render() {
   if (!now.state) return;
   const { state } = now;
   const found = chosen(state);
-  show(page.readiness, readiness(state.server));
   show(page.totals, models.totals(state, rates));
   show(page.models, models.list(state, rates, found, page.filter.value.trim()));
   show(page.detail, found ? detail(state, found) : h("p", { class: "empty" }, "No version to show yet."));
@@ -116,7 +118,14 @@ function renderFreshness() {
     const since = now.state ? `Numbers are ${format.age(old / 1000)} old, of ${format.when(now.state.server.at)}.` : "";
     show(page.stale, h("strong", null, "No answer from the server"), `: ${now.reason}. ${since} Trying again.`);
   }
-  if (now.state) show(page.freshness, h("span", { class: `dot ${isStale ? "bad" : "good"}`, "aria-hidden": "true" }), isStale ? "stale" : "live", h("span", { class: "quiet" }, ` · ${now.state.server.version} · up ${format.age(now.state.server.at - now.state.server.started)}`));
+  if (now.state) show(page.readiness, isStale ? models.pill("bad", "unreachable") : readiness(now.state.server));
+  if (now.state)
+    show(
+      page.freshness,
+      h("span", { class: `dot ${isStale ? "bad" : "good"}`, "aria-hidden": "true" }),
+      isStale ? "stale" : "live",
+      h("span", { class: "quiet" }, ` · ${now.state.server.version} · up ${format.age(now.state.server.at - now.state.server.started)}`),
+    );
 }
 
 function detail(state, { model, version }) {
@@ -124,7 +133,9 @@ function detail(state, { model, version }) {
   // As the style sheet has it: as many cards side by side as fit, with their padding and gaps.
   const columns = width >= 1080 ? 3 : width >= 680 ? 2 : 1;
   const inside = Math.max(Math.floor((width - 16 * (columns - 1)) / columns) - 34, 240);
-  const cards = version.counters ? [models.throughput, models.latency, models.batches].map((make) => make(state, rates, model, version, inside)) : [];
+  const cards = version.counters
+    ? [models.throughput, models.latency, models.batches].map((make) => make(state, rates, model, version, inside))
+    : [];
   const answer = now.detail?.name === `${model.name}:${version.version}` ? now.detail.answer : null;
   const picked = now.features.get(`${model.name}:${version.version}`) ?? "";
   return [
