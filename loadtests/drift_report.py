@@ -86,11 +86,12 @@ def tables(study: Study) -> list[str]:
 
 
 def _alarm_table(title: str, alarms: Sequence[FalseAlarms]) -> str:
-    header = ["rows a window", "windows", "as shipped", "without floor", "by", "lives with one", "PSI > 0.1", "PSI > 0.25"]
+    header = ["rows a window", "windows", "as shipped", "without floor", "by", "lives with one", "standing", "PSI > 0.1", "PSI > 0.25"]
     rows = [
         [
             f"{each.n:,}", f"{each.windows:,}", _rate(each.shipped.raised, each.windows), _rate(each.bare.raised, each.windows),
             ", ".join(f"{name} {count}" for name, count in sorted(each.bare.by.items())) or "-", f"{each.bare.lives} of {each.lives}",
+            _percent(each.bare.standing / each.windows),
             *[_rate(over, each.windows) for over in each.fixed],
         ]
         for each in alarms
