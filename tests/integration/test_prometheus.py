@@ -133,6 +133,7 @@ def check_statistics(found: Prometheus, reference: Reference, servers: Sequence[
     assert {"confidence", "0"} <= {dict(labels)["feature"] for labels in drifting}
 
 
+@pytest.mark.slow
 @needs_prometheus
 async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path: Path) -> None:
     models = make_repository(tmp_path / "models")
@@ -158,6 +159,7 @@ async def test_rules_over_two_replicas_equal_the_servers_own_statistics(tmp_path
         await asyncio.to_thread(check_statistics, found, reference, (first, second))
 
 
+@pytest.mark.slow
 @needs_prometheus
 async def test_every_expression_finds_metrics_and_labels_that_a_server_has(tmp_path: Path) -> None:
     """By name in what is exported; then by a real Prometheus, which refuses what it cannot parse."""
