@@ -14,6 +14,7 @@ from headrace.drift.features import Extract, Feature, Kind, Side
 from headrace.drift.judgement import judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
+from headrace.drift.reference_file import identified
 from headrace.drift.sequential import SlowDrift
 from headrace.drift.verdict import Alert, DriftReport
 from headrace.drift.window import Windows
@@ -49,7 +50,7 @@ def rows_of(random: np.random.Generator, rows: int, *, shift: float = 0.0) -> tu
 def reference(rows: int = 5000, seed: int = 1) -> Reference:
     builder = ReferenceBuilder("titanic", PLAN, bins=10)
     builder.add(*rows_of(np.random.default_rng(seed), rows), rows)
-    return builder.build("profile", data_digest="ab" * 32, created=BEGAN - 86400)
+    return identified(builder.build("profile", data_digest="ab" * 32, created=BEGAN - 86400))
 
 
 def report(shifts: tuple[float, ...] = (0.0,) * 6, *, version: int = 3, seed: int = 2, rows: int = 500) -> DriftReport:
@@ -73,7 +74,7 @@ def report(shifts: tuple[float, ...] = (0.0,) * 6, *, version: int = 3, seed: in
     return DriftReport(
         "titanic", version, base, totals=totals, latest=latest, seen_rows=totals.rows, skipped_rows=1200, dropped_rows=3, cpu_seconds=0.5,
         tumbling=history[-1] if history else None, sliding=sliding, slow=slow.evidence(), alerts=alarms.raised, history=tuple(history),
-        past_alerts=tuple(past),
+        past_alerts=tuple(past), config=CONFIG,
     )  # fmt: skip
 
 

@@ -78,4 +78,4 @@ class Reference:
     calibration: Calibration | None = None
     accuracy: float = -1.0
     digest: str = ""
-    """Of the encoded reference; "" where it was not read from a file."""
+    """Of the encoded reference: equal where bins and counts are. "" until it is compared with (see reference_file.identified)."""

@@ -51,6 +51,11 @@ def encode(reference: Reference) -> bytes:
     return packed
 
 
+def identified(reference: Reference) -> Reference:
+    """The same with its digest, of the bytes that a file of it would have."""
+    return dataclasses.replace(reference, digest=hashlib.sha256(encode(reference)).hexdigest())
+
+
 def decode(data: bytes) -> Reference:
     """Raises LoadError with what was expected and what came."""
     if len(data) > MOST_BYTES:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from headrace.config import DriftConfig
 from headrace.drift.counting import Counts
 from headrace.drift.reference import Reference
 
@@ -84,7 +85,7 @@ class DriftReport:
     `reference` is None while it is learnt: `learnt_rows` of `learn_rows`. `totals`: all live counts since the version went live, on
     that reference; `latest`: those of the window `tumbling`. `seen_rows` were counted, `skipped_rows` left out to stay within the
     budget, `dropped_rows` because the hand-off was full. `history`: verdicts of ended tumbling windows, oldest first. `slow`: by feature
-    index, evidence of slow drift, which raises an alert at 1.
+    index, evidence of slow drift, which raises an alert at 1. `config`: what it is judged by; None in a report from another process.
     """
 
     model: str
@@ -104,3 +105,4 @@ class DriftReport:
     alerts: tuple[Alert, ...] = ()
     history: tuple[WindowVerdict, ...] = ()
     past_alerts: tuple[Alert, ...] = ()
+    config: DriftConfig | None = field(default=None, compare=False)

@@ -23,10 +23,11 @@ from headrace.drift.building import ReferenceBuilder, from_counts
 from headrace.drift.counting import BatchCounter, Counts
 from headrace.drift.extraction import as_numbers
 from headrace.drift.features import Side
-from headrace.drift.joining import Arrays, Kept, join
+from headrace.drift.joining import Arrays, Kept, is_borrowed, join
 from headrace.drift.judgement import Histograms, judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
+from headrace.drift.reference_file import identified
 from headrace.drift.sampling import SAVED, Budget
 from headrace.drift.sequential import SlowDrift
 from headrace.drift.verdict import Alert, DriftReport, WindowVerdict
@@ -131,8 +132,7 @@ class DriftWatch:
             with self._lock:
                 self._dropped += batch.rows
             return
-        # Writeable and not its own: a region of shared memory, which is its client's again.
-        shared = {name: array.copy() for name, array in batch.inputs.items() if array.flags.writeable and array.base is not None}
+        shared = {name: array.copy() for name, array in batch.inputs.items() if is_borrowed(array)}
         self._pending_bytes += batch.nbytes
         self._pending.append(batch._replace(inputs={**batch.inputs, **shared}) if shared else batch)
         self._wake()
@@ -165,6 +165,7 @@ class DriftWatch:
                 alerts=self._alarms.raised,
                 history=tuple(self._history),
                 past_alerts=tuple(self._past),
+                config=self._config,
             )
 
     def _pending_rows(self) -> int:
@@ -186,7 +187,7 @@ class DriftWatch:
             totals = compared.totals.copy()
         if not plan.watches_the_same([each.feature for each in compared.reference.features]):
             return None
-        return from_counts(compared.reference, totals, f"version {self._subject.version}")
+        return identified(from_counts(compared.reference, totals, f"version {self._subject.version}"))
 
     # -- counting ------------------------------------------------------------------------------------------------------
 
@@ -232,7 +233,7 @@ class DriftWatch:
             self._seen += rows
         if self._builder.rows < self._config.learn_rows:
             return
-        reference = self._builder.build("learnt")
+        reference = identified(self._builder.build("learnt"))
         with self._lock:
             self._builder = None
             self._compare_with(reference)

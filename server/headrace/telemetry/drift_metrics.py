@@ -5,12 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import accumulate
 
+from headrace.config import DriftConfig
 from headrace.drift.counting import QUALITY, Counts, Layout
-from headrace.drift.judgement import Histograms, reference_accuracy
+from headrace.drift.distributions import chi2_isf
+from headrace.drift.judgement import SHARES, Histograms, reference_accuracy
 from headrace.drift.reference import FeatureReference, Reference
 from headrace.drift.statistics import reference_fractions
 from headrace.drift.verdict import DriftReport, FeatureScore, WindowVerdict
 from headrace.telemetry.exposition import Family, format_labels
+
+_DIGITS = 12
+"""Of a reference's digest, in the label of whatever is counted against it: replicas that learnt theirs have bins of the same names
+and other edges, and must not be added up."""
 
 
 class DriftFamilies:
@@ -24,7 +30,14 @@ class DriftFamilies:
             "Rows by feature and bin: upper edge (not cumulative) or category, (missing), (infinite).",
         )
         self._ratio = Family("headrace_drift_reference_ratio", "gauge", "Part of the reference's rows in a bin; half a row where none is.")
-        self._reference_rows = Family("headrace_drift_reference_rows", "gauge", "Rows of the reference.")
+        self._cdf = Family("headrace_drift_reference_cdf_ratio", "gauge", "Part of the reference's values up to a bin's upper edge.")
+        self._reference_rows = Family("headrace_drift_reference_rows", "gauge", "Rows of the reference that have the feature.")
+        self._quantile = Family(
+            "headrace_drift_psi_quantile", "gauge", "PSI exceeds this times (1/rows + 1/reference rows) by chance once in 1/alpha windows."
+        )
+        self._alpha = Family("headrace_drift_alpha_ratio", "gauge", "Chance of a false alarm that each feature has in a window.")
+        self._min_psi = Family("headrace_drift_min_psi", "gauge", "Smaller shifts are no drift.")
+        self._min_rows = Family("headrace_drift_min_rows", "gauge", "Fewer are not compared.")
         self._reference = Family("headrace_drift_reference_info", "gauge", "1, labelled with where the reference is from.")
         self._learning = Family("headrace_drift_learning_ratio", "gauge", "Part of the rows that a reference is still learnt from.")
         self._score = Family("headrace_drift_score", "gauge", "How far the window is from the reference.")
@@ -34,6 +47,9 @@ class DriftFamilies:
         self._slow = Family("headrace_drift_slow_evidence", "gauge", "Evidence of slow drift; an alarm from 1 on.")
         self._accuracy = Family("headrace_estimated_accuracy", "gauge", "Accuracy as confidence has it, without labels.")
         self._expected = Family("headrace_reference_accuracy", "gauge", "What the estimate is on the reference's data.")
+        self._judged = Family("headrace_estimated_rows_total", "counter", "Rows whose chance of a right answer was estimated.")
+        self._correct = Family("headrace_estimated_correct_rows_total", "counter", "Sum of those chances.")
+        self._variance = Family("headrace_estimated_correct_variance_total", "counter", "Sum of chance (1 - chance) of those rows.")
         self._quality = Family("headrace_data_quality_total", "counter", "Rows with a problem, by feature.")
         self._seen = Family("headrace_drift_seen_rows_total", "counter", "Rows counted.")
         self._skipped = Family("headrace_drift_skipped_rows_total", "counter", "Rows left out to keep within the budget.")
@@ -50,15 +66,20 @@ class DriftFamilies:
         if reference is None or totals is None:
             self._learning.add(version, min(report.learnt_rows / max(report.learn_rows, 1), 1.0))
             return
-        self._reference_rows.add(version, reference.rows)
-        self._reference.add(f"{version},{format_labels({'source': reference.source, 'digest': reference.digest})}", 1)
+        compared_with = format_labels({"reference": reference.digest[:_DIGITS]})
+        self._reference.add(f"{version},{format_labels({'source': reference.source, 'digest': reference.digest})},{compared_with}", 1)
         if reference_accuracy(reference) >= 0:
             self._expected.add(version, reference_accuracy(reference))
+            self._judged.add(version, totals.judged)
+            self._correct.add(version, totals.correct)
+            self._variance.add(version, totals.correct_variance)
         labels = [
             f"{version},{format_labels({'side': f.feature.side, 'tensor': f.feature.tensor, 'feature': f.feature.name})}"
             for f in reference.features
         ]
-        self._add_counts(version, labels, reference, totals)
+        self._add_counts(version, labels, compared_with, reference, totals)
+        if report.config is not None:
+            self._add_limits(version, labels, reference, report.config)
         for verdict in (report.tumbling, report.sliding):
             if verdict is not None:
                 self._add_verdict(version, labels, reference, verdict)
@@ -67,13 +88,14 @@ class DriftFamilies:
             self._alert.add(text, int((each.feature.side.value, each.feature.title) in raised))
             self._slow.add(text, report.slow.get(index, 0.0))
 
-    def _add_counts(self, version: str, labels: list[str], reference: Reference, totals: Counts) -> None:
+    def _add_counts(self, version: str, labels: list[str], compared_with: str, reference: Reference, totals: Counts) -> None:
         layout, made = Layout(reference), Histograms(reference)
         live, shares = made.of(totals), reference_fractions(made.reference, made.real)
         for index, (each, text) in enumerate(zip(reference.features, labels, strict=True)):
             names = (*each.labels, "(missing)", "(infinite)")
+            self._reference_rows.add(f"{text},{compared_with}", int(made.rows[index]))
             for name, count, share in zip(names, live[index].tolist(), shares[index].tolist(), strict=False):
-                bin_label = f"{text},{format_labels({'bin': name})}"
+                bin_label = f"{text},{compared_with},{format_labels({'bin': name})}"
                 self._rows.add(bin_label, count)
                 self._ratio.add(bin_label, share)
             quality = layout.quality(totals, index).tolist()
@@ -81,7 +103,20 @@ class DriftFamilies:
                 self._quality.add(f'{text},problem="{problem}"', count)
             if each.is_numeric:
                 what = format_labels({"tensor": each.feature.tensor, "feature": each.feature.name})
-                self._values[each.feature.side.value].add_bins(f"{version},{what}", each, live[index].tolist(), float(totals.sums[index]))
+                histogram = f"{version},{what},{compared_with}"
+                self._values[each.feature.side.value].add_bins(histogram, each, live[index].tolist(), float(totals.sums[index]))
+                for edge, upto in zip(each.labels, accumulate(each.counts), strict=True):
+                    self._cdf.add(f'{text},{compared_with},le="{edge}"', upto / max(each.counted, 1))
+
+    def _add_limits(self, version: str, labels: list[str], reference: Reference, config: DriftConfig) -> None:
+        """What makes a score an alert, of the version's own settings: rules need no numbers of their own then."""
+        alpha = config.alpha * SHARES["tumbling"] / max(len(labels), 1)
+        self._alpha.add(version, alpha)
+        self._min_psi.add(version, config.min_psi)
+        self._min_rows.add(version, config.min_rows)
+        for each, text in zip(reference.features, labels, strict=True):
+            filled = sum([count > 0 for count in (*each.counts, each.missing, each.infinite)])
+            self._quantile.add(text, chi2_isf(alpha, max(filled, 2) - 1))
 
     def _add_verdict(self, version: str, labels: list[str], reference: Reference, verdict: WindowVerdict) -> None:
         window = f'window="{verdict.kind}"'
@@ -95,9 +130,10 @@ class DriftFamilies:
                     self._critical.add(f'{text},{window},stat="{stat}"', critical)
 
     def lines(self, is_openmetrics: bool) -> list[str]:
-        families: list[Family] = [*self._values.values(), self._rows, self._ratio, self._reference_rows, self._reference, self._learning]
+        families: list[Family] = [*self._values.values(), self._rows, self._ratio, self._cdf, self._reference_rows, self._reference]
+        families += [self._quantile, self._alpha, self._min_psi, self._min_rows, self._learning]
         families += [self._score, self._critical, self._samples, self._alert, self._slow, self._accuracy, self._expected]
-        families += [self._quality, self._seen, self._skipped, self._dropped, self._cpu]
+        families += [self._judged, self._correct, self._variance, self._quality, self._seen, self._skipped, self._dropped, self._cpu]
         return [line for family in families for line in family.lines(is_openmetrics)]
 
 

@@ -9,6 +9,9 @@ from prometheus_client.registry import Collector
 
 from headrace.lifecycle.view import AdminView
 
+ALARMING = ("failed", "rolled_back", "source_error")
+"""Kinds of events that the rules in deploy/prometheus alert on."""
+
 
 class LifecycleCollector(Collector):
     """Asks an AdminView at each scrape. Owns nothing."""
@@ -20,7 +23,9 @@ class LifecycleCollector(Collector):
         yield from self._sources()
         yield from self._models()
         events = CounterMetricFamily("headrace_model_events", "What happened to models, as in the audit log.", labels=["model", "event"])
-        for (model, kind), count in sorted(self._admin.event_log.counts.items()):
+        # Those that alerts are for from the start: a rate over a series that appears with its first failure misses that failure.
+        counts = {(model.name, kind): 0 for model in self._admin.describe("") for kind in ALARMING}
+        for (model, kind), count in sorted({**counts, **self._admin.event_log.counts}.items()):
             events.add_metric([model, kind], count)
         yield events
 
