@@ -79,7 +79,7 @@ def make_population(seed: int, rows: int = POOL) -> Population:
     scores = 2.2 * x[:, [0, 1, 2, 3, 21, 22, 23, 24]] @ heading + random.gumbel(size=(rows, CLASSES))
     powers = np.exp(scores - scores.max(axis=1, keepdims=True))
     outputs = (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
-    inputs = {"x": x, "count": integer, "kind": strings, "payment": payment}
+    inputs: dict[str, Array] = {"x": x, "count": integer, "kind": strings, "payment": payment}
     return Population(inputs, {"scores": outputs}, np.full(rows, 1 / rows))
 
 
@@ -176,7 +176,7 @@ class PoolCounter:
 
     def bins(self, times: Array) -> Array:
         """[windows, all counts] of windows as Population.draw has them. Exact: single precision holds integers up to 2^24."""
-        return np.rint(times.astype(np.float32) @ self._adds).astype(np.int64)
+        return np.asarray(np.rint(times.astype(np.float32) @ self._adds), np.int64)
 
     def counts(self, times: Array, bins: Array) -> list[Counts]:
         """Each window's, with `bins` as its counts. Sums for means are left 0: nothing is judged by them."""

@@ -180,16 +180,20 @@ def _alarm_plot(study: Study, m: int) -> Plot:
         series("without floor", [each.bare.raised for each in alarms]),
         series("as shipped", [each.shipped.raised for each in alarms]),
     ]
+    title = f"Windows with a false alarm, nothing has drifted; reference of {m:,} rows"
+    x_label = f"rows in a window (dotted line: the budget; none at all is drawn at {LEAST_RATE:g})"
     return Plot(
-        f"false-alarms-{m}", f"Windows with a false alarm, nothing has drifted; reference of {m:,} rows", "rows in a window",
-        "part of the windows", lines, has_log_x=True, has_log_y=True, x_ticks=[each.n for each in alarms], level=SHIPPED.alpha,
+        f"false-alarms-{m}", title, x_label, "part of the windows", lines, has_log_x=True, has_log_y=True, level=SHIPPED.alpha,
+        x_ticks=[each.n for each in alarms],
     )  # fmt: skip
 
 
 def _interval(count: int, total: int) -> Spread:
-    """A rate with its interval; those of 0 lie at the bottom."""
+    """A rate with its interval; those of 0 lie at the bottom, without one: they would cover each other."""
+    if not count:
+        return Spread(LEAST_RATE, LEAST_RATE, LEAST_RATE)
     low, high = wilson(count / total, total, SURE)
-    rate = max(count / total, LEAST_RATE)
+    rate = count / total
     return Spread(rate, max(min(low, rate), LEAST_RATE), max(high, rate))
 
 
@@ -202,8 +206,9 @@ def _power_plot(study: Study, key: str, title: str, unit: str) -> Plot:
             points = [Point(each.n, Spread(each.smallest[name], each.smallest[name], each.smallest[name])) for each in some]
             lines.append(Series(NAMES[name], points, is_secondary=m != sizes[-1]))
     ticks = _sorted([each.n for each in study.power])
+    how = f" (dashed: a reference of {sizes[0]:,} rows, else of {sizes[-1]:,})" if len(sizes) > 1 else ""
     return Plot(
-        f"power-{key}", f"Smallest shift found in {POWER:.0%} of windows: {title}", "rows in a window", unit, lines,
+        f"power-{key}", f"Smallest shift found in {POWER:.0%} of windows: {title}", f"rows in a window{how}", unit, lines,
         has_log_x=True, has_log_y=True, x_ticks=ticks,
     )  # fmt: skip
 
@@ -211,7 +216,7 @@ def _power_plot(study: Study, key: str, title: str, unit: str) -> Plot:
 def _ramp_plot(study: Study, kind: str) -> Plot:
     ramps = study.ramps[kind]
     lines = [
-        Series(f"first, {short_number(n)} rows", [
+        Series(f"{short_number(n)} rows a window", [
             Point(each.speed, Spread(first, first, first))
             for each in ramps if each.n == n and math.isfinite(first := min(each.delay.values()))
         ])

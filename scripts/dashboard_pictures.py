@@ -49,11 +49,11 @@ async def send(address: str, images: Any, seconds: float, seed: int) -> None:
 
 
 def shrink(picture: bytes) -> bytes:
-    """In 128 colours: a third of the bytes, and nobody sees it of a page that has few."""
+    """In 256 colours: a third of the bytes, and nobody sees it of a page that has few."""
     from PIL import Image
 
     small = io.BytesIO()
-    Image.open(io.BytesIO(picture)).convert("RGB").quantize(128).save(small, "PNG", optimize=True)
+    Image.open(io.BytesIO(picture)).convert("RGB").quantize(256).save(small, "PNG", optimize=True)
     return small.getvalue()
 
 

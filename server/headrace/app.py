@@ -210,6 +210,7 @@ class Server:
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
         self.drift.close()
+        self.feedbacks.close()
         if self.http is not None:
             await self.http.stop()
         if self.webhooks is not None:

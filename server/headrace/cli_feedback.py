@@ -248,12 +248,16 @@ def _classes(right: Classification, names: Mapping[int, str]) -> list[Renderable
     for rows, (label, predicted) in wrong[:SHOWN]:
         total = sum([count for (each, _), count in right.confusion.items() if each == label])
         confusion.add_row(plain(name(label)), plain(name(predicted)), f"{rows:,}", f"{rows / total:.1%}")
-    parts: list[RenderableType] = [Text(""), bins] if right.bins else []
-    return [*parts, Text(""), confusion] if wrong else parts
+    parts: list[RenderableType] = [bins, Text("")] if right.bins else []
+    return [*parts, confusion] if wrong else parts
+
+
+_NUMBERS = ("rows", "is right", "is sure", "of the true class")
 
 
 def _plain_table(*headers: str) -> Table:
     from rich.table import Column, Table
 
-    columns = [Column(header, overflow="fold") for header in headers] if headers else [Column(style="dim", no_wrap=True), Column(ratio=1)]
+    columns = [Column(header, justify="right" if header in _NUMBERS else "left", overflow="fold") for header in headers]
+    columns = columns or [Column(style="dim", no_wrap=True), Column(ratio=1)]
     return Table(*columns, box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold", show_header=bool(headers))

@@ -7,6 +7,7 @@ import asyncio
 import dataclasses
 import os
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -226,9 +227,12 @@ def _with_progress(chosen: Chosen) -> Iterator[Captured]:
 
 def _write_warm_up(options: argparse.Namespace, contents: Contents) -> int:
     """One of each combination of shapes first, and then the latest that are left."""
+    from headrace.lifecycle.recorded import MOST_FILES
     from headrace.replay.messages import encode_request
 
     directory: Path = options.warm_up
+    if (options.limit or 0) > MOST_FILES:
+        raise ConfigError(f"--limit: a version takes at most {MOST_FILES} recorded requests, got {options.limit}")
     if directory.exists() and any(directory.iterdir()):
         raise ConfigError(f"--warm-up: expected a new or empty directory, {directory} has files in it")
     chosen = choose(contents, options.capture, options.captured, "", None)
@@ -246,7 +250,7 @@ def _write_warm_up(options: argparse.Namespace, contents: Contents) -> int:
 def pick(requests: Iterator[Captured], most: int) -> list[Captured]:
     """At most so many, no two alike in the shapes of their inputs before all shapes are there; memory for so many and no more."""
     by_shape: dict[tuple[tuple[int, ...], ...], Captured] = {}
-    others: list[Captured] = []
+    others: deque[Captured] = deque(maxlen=most)
     for captured in requests:
         if captured.redacted_inputs:
             continue
@@ -254,9 +258,9 @@ def pick(requests: Iterator[Captured], most: int) -> list[Captured]:
         if shapes not in by_shape and len(by_shape) < most:
             by_shape[shapes] = captured
         else:
-            others = [*others, captured][-most:]
+            others.append(captured)
     left = most - len(by_shape)
-    return [*by_shape.values(), *(others[-left:] if left else [])]
+    return [*by_shape.values(), *(list(others)[-left:] if left else [])]
 
 
 # -- what is said ------------------------------------------------------------------------------------------------------

@@ -53,7 +53,7 @@ class ServerConfig:
     grpc: tuple[str, ...] = _option(
         ("127.0.0.1:8001",), "gRPC listeners, HOST:PORT or unix:PATH. Loopback by default: nothing is exposed that nobody asked for."
     )
-    http: str = _option("127.0.0.1:8002", "HOST:PORT of metrics and health; empty: off.")
+    http: str = _option("127.0.0.1:8002", "HOST:PORT of metrics, health and the dashboard; empty: off.")
     transport: str = _option(
         "auto",
         "The gRPC implementation. native: HTTP/2 outside the interpreter, extra `native`, without TLS; auto: that where it can be used.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import urllib.request
 from concurrent.futures import Future
@@ -10,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_models
 import pytest
 import tritonclient.grpc as client
+import tritonclient.utils.shared_memory as shm
 from digits_requests import IMAGES, ask
 from headrace.capture.reading import list_contents, read_capture
 from headrace.errors import ConfigError
@@ -41,8 +44,14 @@ def repository(directory: Path, settings: str = "", before: str = "") -> Path:
     return directory
 
 
-def scrape(server: Any) -> str:
-    return urllib.request.urlopen(f"http://{server.http_address}/metrics").read().decode()
+async def scraped(server: Any, line: str) -> str:
+    """The metrics, once they have that line: requests are looked at after their answers have left."""
+    text = ""
+    async with asyncio.timeout(30):
+        while line not in text:
+            await asyncio.sleep(0.02)
+            text = await asyncio.to_thread(lambda: urllib.request.urlopen(f"http://{server.http_address}/metrics").read().decode())
+    return text
 
 
 @pytest.mark.parametrize("transport", ["native", "grpcio"])
@@ -107,11 +116,7 @@ async def test_rate_and_opt_out_are_kept_and_shown_in_metrics(tmp_path: Path) ->
     captures = tmp_path / "captures"
     async with serve_in_process(models, capture=str(captures), capture_max_per_second=0.001) as server:
         await asyncio.to_thread(ask, server.grpc_addresses[0], [1] * 20)
-        async with asyncio.timeout(30):
-            while 'headrace_capture_requests_total{model="digits",version="1"} 1.0' not in (
-                text := await asyncio.to_thread(scrape, server)
-            ):
-                await asyncio.sleep(0.02)
+        text = await scraped(server, 'headrace_capture_requests_total{model="digits",version="1"} 1.0')
         assert 'headrace_capture_skipped_total{cause="rate",model="digits",version="1"} 19.0' in text
         assert "quiet" not in "".join(line for line in text.splitlines() if "capture" in line)
         assert "headrace_capture_errors_total 0.0" in text
@@ -123,3 +128,36 @@ async def test_a_directory_that_cannot_be_written_ends_the_start(tmp_path: Path)
     with pytest.raises(ConfigError, match="capture:"):
         async with serve_in_process(repository(tmp_path / "models"), capture=str(tmp_path / "file")):
             pass
+
+
+@pytest.mark.parametrize("transport", ["native", "grpcio"])
+async def test_large_tensors_are_written_and_those_in_their_clients_memory_are_not(tmp_path: Path, transport: str) -> None:
+    """Of large messages tensors are views; what lies in shared memory is its client's again once it has its answer."""
+    onnx_models.save(onnx_models.identity(), tmp_path / "models" / "numbers" / "1")
+    (tmp_path / "models" / "numbers" / "model.toml").write_text("max_batch_size = 100000\n")
+    rows = np.random.default_rng(0).normal(size=(20_000, 4)).astype(np.float32)
+    options = {"transport": transport, "capture": str(tmp_path / "captures"), "client_shared_memory": True}
+
+    def ask_both(address: str) -> None:
+        region = shm.create_shared_memory_region("r", f"headrace_capture_{transport}_{os.getpid()}", rows.nbytes, create_only=True)
+        try:
+            with client.InferenceServerClient(address) as stub:
+                shm.set_shared_memory_region(region, [rows])
+                stub.register_system_shared_memory("r", region._shm_key, rows.nbytes)
+                for is_shared in (False, True):
+                    tensor = client.InferInput("x", list(rows.shape), "FP32")
+                    if is_shared:
+                        tensor.set_shared_memory("r", rows.nbytes)
+                    else:
+                        tensor.set_data_from_numpy(rows)
+                    np.testing.assert_array_equal(stub.infer("numbers", [tensor]).as_numpy("y"), rows)
+                stub.unregister_system_shared_memory("r")
+        finally:
+            shm.destroy_shared_memory_region(region)
+
+    async with serve_in_process(tmp_path / "models", **options) as server:
+        await asyncio.to_thread(ask_both, server.grpc_addresses[0])
+        await scraped(server, 'headrace_capture_skipped_total{cause="shared_memory",model="numbers",version="1"} 1.0')
+    (found,) = read_capture(tmp_path / "captures")
+    np.testing.assert_array_equal(found.inputs[0].array(), rows)
+    np.testing.assert_array_equal(found.outputs[0].array(), rows)

@@ -71,7 +71,8 @@ async def test_what_cannot_be_joined_is_counted_and_said(tmp_path: Path, transpo
         items = [
             Labelled("r0", classes=[1] * 60), Labelled("r1", classes=[1] * 59),
             Labelled("r2", names=["3", "nothing"]),
-            Labelled("r2", values=[1.0, 2.0]), Labelled("nobody", classes=[1]), Labelled("r2", classes=[1, 2]), Labelled("r2", classes=[1, 2]),
+            Labelled("r2", values=[1.0, 2.0]), Labelled("nobody", classes=[1]), Labelled("r2", classes=[1, 2]),
+            Labelled("r2", classes=[1, 2]),
         ]  # fmt: skip
         joined = await asyncio.to_thread(send, address, items)
         assert joined.outcomes == {"matched": 1, "unknown": 1, "expired": 1, "duplicate": 1, "invalid": 3}

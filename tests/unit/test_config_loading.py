@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, ServerConfig, TensorConfig
-from headrace.config_loading import load_model_toml, load_server_config, option_keys
+from headrace.config_loading import load_model_toml, load_server_config, option_keys, parse_model_toml
 from headrace.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -50,6 +50,17 @@ def test_every_option_can_be_set_from_the_environment(key: str) -> None:
     value = getattr(load_server_config({}, environment, None), field.name)
     expected = {"grpc": ("unix:/run/a.sock",), "models": ("x",), "load_models": ("x",), "drift_webhooks": ("https://a/b",)}
     assert value == expected.get(key, True if type(value) is bool else type(value)(text))
+
+
+def test_capture_and_feedback_of_a_model() -> None:
+    toml = b'[capture]\nenabled = false\nredact = ["a", "b"]\n[feedback]\nenabled = true\nkeep_s = 60\nkind = "regression"\n'
+    config = parse_model_toml(toml, "m")
+    assert (config.capture.enabled, config.capture.redact) == (False, ("a", "b"))
+    assert (config.feedback.enabled, config.feedback.keep, config.feedback.kind) == (True, 60.0, "regression")
+    with pytest.raises(ConfigError, match=r"m/model.toml \[capture\]: unknown key 'redacted', did you mean 'redact'"):
+        parse_model_toml(b'[capture]\nredacted = ["a"]\n', "m")
+    with pytest.raises(ConfigError, match=r"capture_fraction: expected 0 to 1, got 2\.0"):
+        load_server_config({"capture_fraction": "2"}, {}, None)
 
 
 def test_a_secret_comes_from_the_environment_alone_and_is_not_shown(tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ class Kept(NamedTuple):
         return sum([array.nbytes for array in arrays]) + sum([sum(map(len, array.flat)) for array in arrays if array.dtype.kind == "O"])
 
 
+def is_borrowed(array: Array) -> bool:
+    """Whether it lies in shared memory, which is its client's again: as a view of something else than a received message's bytes."""
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return isinstance(base, memoryview) and not isinstance(base.obj, bytes)
+
+
 def join(
     batches: Sequence[Kept], watched: frozenset[tuple[Side, str]], has_rows: bool
 ) -> Iterable[tuple[dict[str, Array], dict[str, Array], int]]:

@@ -23,7 +23,7 @@ from headrace.drift.building import ReferenceBuilder, from_counts
 from headrace.drift.counting import BatchCounter, Counts
 from headrace.drift.extraction import as_numbers
 from headrace.drift.features import Side
-from headrace.drift.joining import Arrays, Kept, join
+from headrace.drift.joining import Arrays, Kept, is_borrowed, join
 from headrace.drift.judgement import Histograms, judge
 from headrace.drift.plan import Plan
 from headrace.drift.reference import Reference
@@ -132,8 +132,7 @@ class DriftWatch:
             with self._lock:
                 self._dropped += batch.rows
             return
-        # Writeable and not its own: a region of shared memory, which is its client's again.
-        shared = {name: array.copy() for name, array in batch.inputs.items() if array.flags.writeable and array.base is not None}
+        shared = {name: array.copy() for name, array in batch.inputs.items() if is_borrowed(array)}
         self._pending_bytes += batch.nbytes
         self._pending.append(batch._replace(inputs={**batch.inputs, **shared}) if shared else batch)
         self._wake()

@@ -1,8 +1,9 @@
 """Labels joined with what was predicted: one part in each version that takes them, found by model and request id.
 
-What was predicted is noted on the thread that ran the batch, right after the answers have left, and not handed to another one: a client
-may send its label as soon as it has its answer, and would be told that nobody knows the request. It costs the batch some 10 µs and
-2 µs a request (docs/operations.md), and is off unless model.toml has it on.
+The way of an answer. `look` (the thread that ran the batch) keeps ids and the output, without copying; a thread of this module's works out
+once a second what was predicted, many batches at once, since numpy's calls cost the same for one row as for a hundred. Labels may come
+sooner, a client has them as soon as it likes: who joins works out first what is there, so an answer is unknown for the microseconds
+between its leaving and `look` alone. Nothing is left out: where too much has gathered, the thread that brings more does the work.
 """
 
 from __future__ import annotations
@@ -10,10 +11,15 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
 
-from headrace.batching.observer import RanBatch
+import numpy as np
+
+from headrace.batching.observer import Array, RanBatch
 from headrace.errors import ConfigError, FailedPrecondition
 from headrace.feedback.predictions import Found, Prediction, Predictions, is_kept
 from headrace.feedback.statistics import Classification, ClassificationCounter, Regression, RegressionCounter
@@ -21,9 +27,15 @@ from headrace.feedback.subject import UNNAMED, ClassNames, Subject, choose, pred
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.signature import Signature
 from headrace.telemetry.log import get_logger
+from headrace.threads import be_patient
 
 log = get_logger(__name__)
 
+INTERVAL = 1.0
+"""Seconds for which answers gather."""
+MOST_BATCHES = 4096
+MOST_BYTES = 16 << 20
+"""Of one version, that gather."""
 MOST_PROBLEMS = 10
 OUTCOMES = ("matched", "unknown", "expired", "duplicate", "invalid")
 """What became of a request's labels: joined; of a request that nobody here answered, or without an id, or that named other outputs; of one
@@ -51,6 +63,14 @@ class Joined:
     outcomes: dict[str, int] = field(default_factory=lambda: dict.fromkeys(OUTCOMES, 0))
     rows: int = 0
     problems: list[str] = field(default_factory=list)
+
+
+class _Answers(NamedTuple):
+    """Of a batch: id and rows of each request, in their order; an empty id where its prediction is not kept. `output`: [rows, elements]."""
+
+    requests: Sequence[tuple[str, int]]
+    output: Array
+    done: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +106,8 @@ class VersionFeedback:
         self._right = ClassificationCounter()
         self._errors = RegressionCounter()
         self._unidentified = 0
+        self._gathered: deque[_Answers] = deque()
+        self._gathered_bytes = 0
         self._is_closed = False
 
     def __repr__(self) -> str:
@@ -95,27 +117,53 @@ class VersionFeedback:
         if self._is_closed:
             return
         try:
-            self._note(batch)
+            self._gather(batch)
         except Exception:
-            self._is_closed = True
-            log.exception("feedback failed and stops", model=self.model, version=self.version)
+            self._give_up()
 
-    def _note(self, batch: RanBatch) -> None:
-        wanted = [is_kept(ticket.id) and self._index in ticket.outputs for ticket in batch.tickets]
-        if not any(wanted):
+    def _give_up(self) -> None:
+        """Wrong with one, wrong with all: not a traceback for each batch from now on."""
+        self._is_closed = True
+        log.exception("feedback failed and stops", model=self.model, version=self.version)
+
+    def _gather(self, batch: RanBatch) -> None:
+        index = self._index
+        requests = [(ticket.id if index in ticket.outputs else "", ticket.rows) for ticket in batch.tickets]
+        if self._subject.output not in batch.outputs:
             with self._lock:
-                self._unidentified += len(wanted)
+                self._unidentified += len(requests)
             return
         array = batch.arrays[batch.outputs.index(self._subject.output)]
-        rows = array[: batch.rows].reshape(batch.rows, -1) if self._is_batching else array.reshape(1, -1)
+        output = array[: batch.rows].reshape(batch.rows, -1) if self._is_batching else array.reshape(1, -1)
+        # Summed up without a lock: it bounds memory, and need not be exact.
+        self._gathered_bytes += array.nbytes
+        self._gathered.append(_Answers(requests, output, batch.done))
+        if len(self._gathered) > MOST_BATCHES or self._gathered_bytes > MOST_BYTES:
+            self.work_out()
+        else:
+            self._owner.wake()
+
+    def work_out(self) -> None:
+        """What was predicted in the answers that have gathered. Any thread; never raises."""
         with self._lock:
-            values, confidences = predictions(self._subject, self._classes, rows)
-            now, start = time.monotonic(), 0
-            for ticket, is_wanted in zip(batch.tickets, wanted, strict=True):
-                stop = start + ticket.rows
-                if is_wanted:
-                    mine = Prediction(now, ticket.rows, tuple(values[start:stop]), tuple(confidences[start:stop]))
-                    self._kept.add(ticket.id, mine)
+            answers = [self._gathered.popleft() for _ in range(len(self._gathered))]
+            self._gathered_bytes = 0
+            try:
+                # Outputs of free dimensions differ from batch to batch.
+                for _, alike in groupby(answers, key=lambda each: each.output.shape[1]):
+                    self._note(list(alike))
+            except Exception:
+                self._give_up()
+
+    def _note(self, answers: Sequence[_Answers]) -> None:
+        rows = answers[0].output if len(answers) == 1 else np.concatenate([each.output for each in answers])
+        values, confidences = predictions(self._subject, self._classes, rows)
+        start = 0
+        for each in answers:
+            for id, count in each.requests:
+                stop = start + count
+                if is_kept(id):
+                    self._kept.add(id, Prediction(each.done, count, tuple(values[start:stop]), tuple(confidences[start:stop])))
                 else:
                     self._unidentified += 1
                 start = stop
@@ -125,7 +173,7 @@ class VersionFeedback:
         self._owner.forget(self)
 
     def join(self, labelled: Labelled, now: float) -> tuple[str, int, str]:
-        """(outcome, rows, what is wrong with it)"""
+        """(outcome, rows, what is wrong with it). After `work_out`."""
         with self._lock:
             found, prediction = self._kept.find(labelled.id, now)
             if prediction is None:
@@ -161,6 +209,7 @@ class VersionFeedback:
         return ""
 
     def report(self) -> FeedbackReport:
+        self.work_out()
         with self._lock:
             is_classes = self._subject.kind.is_classification
             right = self._right.snapshot() if is_classes else None
@@ -179,12 +228,15 @@ class VersionFeedback:
 
 
 class Feedbacks:
-    """Owns which versions take labels, and what became of labels by model. Any thread."""
+    """Owns which versions take labels, what became of labels by model, and the thread that works answers out. Any thread."""
 
     def __init__(self) -> None:
         self._versions: tuple[VersionFeedback, ...] = ()
         self._lock = threading.Lock()
         self._outcomes: dict[str, dict[str, int]] = {}
+        self._has_work = threading.Event()
+        self._is_closed = threading.Event()
+        self._thread: threading.Thread | None = None
 
     def __repr__(self) -> str:
         return f"Feedbacks({len(self._versions)} versions)"
@@ -203,8 +255,30 @@ class Feedbacks:
         with self._lock:
             self._versions = (*self._versions, made)
             self._outcomes.setdefault(name, dict.fromkeys(OUTCOMES, 0))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="feedback", daemon=True)
+                self._thread.start()
         log.info("feedback taken", model=name, version=version, output=subject.output, kind=subject.kind.value)
         return made
+
+    def close(self) -> None:
+        """End the thread. Returns at once."""
+        self._is_closed.set()
+        self._has_work.set()
+
+    def wake(self) -> None:
+        if not self._has_work.is_set():
+            self._has_work.set()
+
+    def _run(self) -> None:
+        be_patient()
+        while not self._is_closed.is_set():
+            self._has_work.wait()
+            self._has_work.clear()
+            if self._is_closed.wait(INTERVAL):
+                return
+            for version in self._versions:
+                version.work_out()
 
     def forget(self, version: VersionFeedback) -> None:
         with self._lock:
@@ -226,7 +300,10 @@ class Feedbacks:
 
         Raises FailedPrecondition where no version takes labels.
         """
-        versions, joined, now = self.find(model, version), Joined(), time.monotonic()
+        versions, joined = self.find(model, version), Joined()
+        for each in versions:
+            each.work_out()
+        now = time.monotonic()
         for item in items:
             answers = [each.join(item, now) for each in versions]
             # Of several versions most do not know the request: the one that says most counts.

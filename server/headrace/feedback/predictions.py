@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 LONGEST_ID = 256
 """Characters. Longer ones are not kept: they are the client's choice, and would make the bound in rows no bound of memory."""
@@ -19,8 +19,7 @@ class Found(enum.Enum):
     UNKNOWN = "unknown"
 
 
-@dataclass(frozen=True, slots=True)
-class Prediction:
+class Prediction(NamedTuple):
     """`values`: by row, a class or a number; `confidences` of classes, negative where none is known. Empty once labelled."""
 
     at: float

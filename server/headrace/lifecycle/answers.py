@@ -27,6 +27,7 @@ from headrace.lifecycle.rollout import CLEAR, LIKELY
 
 LEAST_ROWS = 200
 """Of both versions. Of fewer, PSI of ten ranges is 0.1 by chance alone."""
+_P_LIKELY = math.erfc(LIKELY / math.sqrt(2)) / 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,29 +132,51 @@ def _judge_accuracy(allowed: float, candidate: Answers, baseline: Answers, is_ov
         )
 
 
+class OutputDrift(NamedTuple):
+    """The output's feature that is furthest from what it should be like: `psi` beyond chance and its standard error; `p_value` among all
+    outputs' features."""
+
+    title: str
+    psi: float
+    error: float
+    p_value: float
+    what: str
+
+
+def output_drift(candidate: Answers, baseline: Answers) -> OutputDrift | None:
+    """None where there is nothing to compare with, or too few rows."""
+    found = _compared_with(candidate, baseline) if candidate.rows >= LEAST_ROWS else None
+    if found is None or candidate.counts is None:
+        return None
+    reference, others, what = found
+    made = Histograms(reference)
+    features = [i for i, each in enumerate(reference.features) if each.feature.side is Side.OUTPUT]
+    if not features:
+        return None
+    live, old = made.of(candidate.counts)[features], others[features]
+    p_values = np.minimum(compare(live, old, made.others[features])[2] * len(features), 1.0)
+    noise, freedom = _noise(live, old)
+    values = psi(live, old, made.real[features]) - freedom * noise
+    # PSI over the noise is chi-square, with drift a noncentral one.
+    errors = np.sqrt(2 * freedom * noise**2 + 4 * np.maximum(values, 0) * noise)
+    # Of those that are likely the furthest; where none is, of all.
+    is_sure = p_values < _P_LIKELY
+    worst = int(np.argmax(np.where(is_sure, values, -np.inf) if is_sure.any() else values))
+    title = reference.features[features[worst]].feature.title
+    return OutputDrift(title, float(values[worst]), float(errors[worst]), float(p_values[worst]), what)
+
+
 def _judge_drift(allowed: float, candidate: Answers, baseline: Answers, is_over: bool, judged: Judged) -> None:
-    found = _compared_with(candidate, baseline)
+    found = output_drift(candidate, baseline)
     if found is None:
         what = f"output drift not judged: version {candidate.version} has learnt its reference from its own answers, or has none, and"
         judged.unknown.append(f"{what} version {baseline.version} is counted otherwise or too little")
         return
-    reference, others, what = found
-    assert candidate.counts is not None
-    made = Histograms(reference)
-    features = [i for i, each in enumerate(reference.features) if each.feature.side is Side.OUTPUT]
-    if not features:
-        judged.unknown.append(f"output drift not judged: no output of version {candidate.version} is watched")
-        return
-    live, old, real = made.of(candidate.counts)[features], others[features], made.real[features]
-    p_values = compare(live, old, made.others[features])[2] * len(features)
-    values = psi(live, old, real) - _by_chance(live, old)
-    least = math.erfc((LIKELY if is_over else CLEAR) / math.sqrt(2)) / 2
-    worst = int(np.argmax(np.where(p_values < least, values, -np.inf)))
-    if p_values[worst] < least and values[worst] > allowed:
-        title = reference.features[features[worst]].feature.title
-        judged.faults.append(
-            f"output {title} is unlike {what}: PSI {values[worst]:.2f} beyond chance over {candidate.rows:,} rows; at most {allowed:g}"
-        )
+    is_clear = found.psi - CLEAR * found.error > allowed
+    is_likely = is_over and found.psi > allowed and found.p_value < _P_LIKELY
+    if is_clear or is_likely:
+        rows = f"over {candidate.rows:,} rows"
+        judged.faults.append(f"output {found.title} is unlike {found.what}: PSI {found.psi:.2f} beyond chance {rows}; at most {allowed:g}")
 
 
 def _compared_with(candidate: Answers, baseline: Answers) -> tuple[Reference, NDArray[Any], str] | None:
@@ -174,19 +197,19 @@ def _same_bins(a: Reference, b: Reference) -> bool:
     ]
 
 
-def _by_chance(live: NDArray[Any], old: NDArray[Any]) -> NDArray[np.float64]:
-    """What PSI is without drift on average: chi-square's mean times (1/n + 1/m) (Yurdakul 2018)."""
+def _noise(live: NDArray[Any], old: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(1/n + 1/m, degrees of freedom) of each feature: their product is PSI without drift on average (Yurdakul 2018)."""
     n, m = live.sum(axis=1), old.sum(axis=1)
-    freedom = np.maximum((old > 0).sum(axis=1) - 1, 1)
-    return np.asarray(freedom * (1 / np.maximum(n, 1) + 1 / np.maximum(m, 1)))
+    freedom = np.maximum(((live + old) > 0).sum(axis=1) - 1, 1)
+    return np.asarray(1 / np.maximum(n, 1) + 1 / np.maximum(m, 1)), freedom.astype(np.float64)
 
 
-def table(candidate: Answers, baseline: Answers, judged: Judged) -> tuple[tuple[str, str, str], ...]:
+def table(candidate: Answers, baseline: Answers) -> tuple[tuple[str, str, str], ...]:
     """Rows of (name, the candidate's, the old version's)."""
-    rows = [("rows counted for drift", f"{candidate.rows:,}", f"{baseline.rows:,}")]
-    found = estimates(candidate, baseline)
-    if found is not None:
-        new, old = found
-        rows.append(("estimated accuracy", f"{new.value * 100:.1f} %", f"{old.value * 100:.1f} %"))
-    rows += [("not judged", each, "") for each in judged.unknown]
-    return tuple(rows)
+    found, drift = estimates(candidate, baseline), output_drift(candidate, baseline)
+    new, old = (f"{found[0].value * 100:.1f} %", f"{found[1].value * 100:.1f} %") if found is not None else ("not known", "not known")
+    return (
+        ("rows counted for drift", f"{candidate.rows:,}", f"{baseline.rows:,}"),
+        ("estimated accuracy", new, old),
+        ("output drift, PSI", f"{drift.psi:.2f} ({drift.title})" if drift is not None else "not known", ""),
+    )

@@ -142,10 +142,7 @@ class Trial:
         )
 
     def _describe_answers(self) -> tuple[tuple[str, str, str], ...]:
-        if not answers.is_watched(self.config):
-            return ()
-        both = self._answers()
-        return answers.table(*both, answers.judge_answers(self.config, *both, is_over=False))
+        return answers.table(*self._answers()) if answers.is_watched(self.config) else ()
 
 
 class _Mirrored:

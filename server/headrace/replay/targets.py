@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
@@ -52,9 +53,8 @@ class LocalTarget:
 
     def _inputs(self, captured: Captured) -> dict[str, Array]:
         """Checked as the server checks them."""
-        tensors = [_input(captured, tensor) for tensor in captured.inputs]
-        admission = self._signature.validate(InferRequest(self._signature.model, "", captured.id, tensors))
-        given = admission.inputs(InferRequest(self._signature.model, "", captured.id, tensors))
+        request = InferRequest(self._signature.model, "", captured.id, [_input(captured, tensor) for tensor in captured.inputs])
+        given = self._signature.validate(request).inputs(request)
         return {spec.name: as_array(spec, tensor) for spec, tensor in zip(self._signature.inputs, given, strict=True) if tensor is not None}
 
 
@@ -63,10 +63,8 @@ def _input(captured: Captured, tensor: CapturedTensor) -> InputTensor:
         raise InvalidRequest(f"input '{tensor.name}' is redacted")
     if tensor.datatype != "BYTES":
         return InputTensor(tensor.name, tensor.datatype, tensor.shape, tensor.data)
-    count = 1
-    for dim in tensor.shape:
-        count *= dim
-    return InputTensor(tensor.name, tensor.datatype, tensor.shape, decode_bytes_tensor(tensor.data, count, tensor.name, captured.model))
+    elements = decode_bytes_tensor(tensor.data, math.prod(tensor.shape), tensor.name, captured.model)
+    return InputTensor(tensor.name, tensor.datatype, tensor.shape, elements)
 
 
 def replay(requests: Iterable[Captured], target: Target, tolerance: Tolerance) -> ReplayReport:

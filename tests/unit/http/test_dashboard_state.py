@@ -17,7 +17,7 @@ from headrace.drift.reference import FeatureReference, Reference
 from headrace.drift.verdict import Alert, DriftReport
 from headrace.http.dashboard.drift import MOST_WINDOWS, encode_drift
 from headrace.http.dashboard.numbers import rounded
-from headrace.http.dashboard.state import MOST_EVENTS, ServerState, encode_state
+from headrace.http.dashboard.state import MOST_EVENTS, ServerState, encode_model, encode_state, sort_views
 from headrace.lifecycle.events import Event
 from headrace.lifecycle.state import VersionState
 
@@ -48,7 +48,9 @@ def report_of(latest: Counts | None, *, windows: int = 1, **changes: Any) -> Dri
 
 
 def state_of(*versions: FakeVersion, events: list[Event] | None = None) -> dict[str, Any]:
-    return dict(json.loads(json.dumps(encode_state(SERVER, [DIGITS, SENTIMENT], versions, events), allow_nan=False)))
+    views = sort_views(versions)
+    models = [encode_model(model, views) for model in (DIGITS, SENTIMENT)]
+    return dict(json.loads(json.dumps(encode_state(SERVER, models, events), allow_nan=False)))
 
 
 def version_of(state: dict[str, Any], version: int) -> dict[str, Any]:
@@ -91,7 +93,7 @@ def test_two_copies_of_one_version_do_not_share_counters() -> None:
     copies = [dataclasses.replace(DIGITS.versions[0], token=token) for token in ("old", "new")]
     model = dataclasses.replace(DIGITS, versions=tuple(copies))
     views = [FakeVersion("digits", 3).run(count, rows=count, padded_rows=count, seconds=0.01) for count in (1, 2)]
-    versions = encode_state(SERVER, [model], views, None)["models"][0]["versions"]
+    versions = encode_model(model, sort_views(views))["versions"]
     assert [(each["id"], each["counters"]["success"]) for each in versions] == [("3@old", 1), ("3@new", 2)]
 
 

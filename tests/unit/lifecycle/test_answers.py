@@ -142,10 +142,12 @@ def test_off_by_default(config: RolloutConfig) -> None:
     assert judged(answered(random, 1000, shares=(0, 0, 1)), answered(random, 1000), is_over=True, config=config) == Judged([], [])
 
 
-def test_the_table_names_both_estimates_and_what_could_not_be_judged() -> None:
+def test_the_table_says_what_is_known_and_what_is_not() -> None:
     random = np.random.default_rng(12)
-    both = Answers(4, REFERENCE, answered(random, 1000)), Answers(3, REFERENCE, answered(random, 2000))
-    rows = table(*both, Judged([], ["why not"]))
-    assert rows[0] == ("rows counted for drift", "1,000", "2,000")
-    assert rows[1][0] == "estimated accuracy"
-    assert rows[2] == ("not judged", "why not", "")
+    many, few = [Answers(version, REFERENCE, answered(random, rows)) for version, rows in ((4, 1000), (3, 100))]
+    assert table(many, many)[:2] == (("rows counted for drift", "1,000", "1,000"), ("estimated accuracy", "92.0 %", "92.0 %"))
+    assert table(few, many) == (
+        ("rows counted for drift", "100", "1,000"),
+        ("estimated accuracy", "not known", "not known"),
+        ("output drift, PSI", "not known", ""),
+    )

@@ -18,7 +18,7 @@ from aiohttp import web
 from headrace import __version__
 from headrace.errors import HeadraceError
 from headrace.http.dashboard.drift import encode_drift
-from headrace.http.dashboard.state import ServerState, encode_state
+from headrace.http.dashboard.state import ServerState, encode_model, encode_state, sort_views
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import AdminView, ModelsView
 
@@ -120,11 +120,15 @@ class Dashboard:
             started=self._started,
             is_live=self._models.is_live,
             is_ready=self._models.is_ready,
-            why="" if self._models.is_live else "the server is shutting down",
         )
         events = self._admin.event_log.since(0) if self._shows_events else None
-        state = encode_state(server, self._admin.describe(""), self._models.find("", ""), events)
-        return await asyncio.to_thread(_encode, state)
+        views = sort_views(self._models.find("", ""))
+        models = []
+        for model in self._admin.describe(""):
+            models.append(encode_model(model, views))
+            # 0.2 ms each: requests have their turn between.
+            await asyncio.sleep(0)
+        return await asyncio.to_thread(_encode, encode_state(server, models, events))
 
 
 class _Kept:

@@ -26,8 +26,7 @@ Values = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ServerState:
-    """`run` names one run of a server: another one's counters are not compared with this one's. `at`: wall clock; `clock`: monotonic.
-    `why`: what a server that is not ready lacks."""
+    """`run` names one run of a server: another one's counters are not compared with this one's. `at`: wall clock; `clock`: monotonic."""
 
     run: str
     version: str
@@ -36,27 +35,33 @@ class ServerState:
     started: float
     is_live: bool
     is_ready: bool
-    why: str = ""
 
 
-def encode_state(
-    server: ServerState, models: Sequence[ModelDescription], views: Iterable[VersionView], events: Sequence[Event] | None
-) -> Values:
-    """Everything but the features of versions. `events` None: they are not for whoever looks."""
-    by_version: dict[tuple[str, int, str], deque[VersionView]] = defaultdict(deque)
+Views = Mapping[tuple[str, int, str], deque[VersionView]]
+"""By model, version and state; more than one where copies of a version are there at a time."""
+
+
+def sort_views(views: Iterable[VersionView]) -> Views:
+    found: dict[tuple[str, int, str], deque[VersionView]] = defaultdict(deque)
     for view in views:
-        by_version[view.model, view.version, view.state.value].append(view)
+        found[view.model, view.version, view.state.value].append(view)
+    return found
+
+
+def encode_state(server: ServerState, models: Sequence[Values], events: Sequence[Event] | None) -> Values:
+    """Everything but the features of versions. `models` as `encode_model` has them. `events` None: they are not for whoever looks."""
     return {
         "server": asdict(server),
         "seconds": DURATION_EDGES,
         "rows": ROW_EDGES,
         "stages": [stage.name.lower() for stage in Stage],
-        "models": [_encode_model(model, by_version) for model in models],
+        "models": models,
         "events": None if events is None else [encode_event(event) for event in reversed(events[-MOST_EVENTS:])],
     }
 
 
-def _encode_model(model: ModelDescription, views: Mapping[tuple[str, int, str], deque[VersionView]]) -> Values:
+def encode_model(model: ModelDescription, views: Views) -> Values:
+    """Takes the model's views out of `views`."""
     versions = []
     for version in model.versions:
         waiting = views.get((model.name, version.version, version.state))
@@ -131,7 +136,7 @@ def encode_drift_summary(report: DriftReport) -> Values:
             "rows": reference.rows,
             "created": reference.created,
             "digest": reference.digest[:12],
-            "accuracy": rounded(reference_accuracy(reference)),
+            "accuracy": _known(reference_accuracy(reference)),
         }
     if window is not None:
         worst = max([score.psi / score.psi_critical for score in window.scores if score.psi_critical > 0], default=0.0)
@@ -140,10 +145,14 @@ def encode_drift_summary(report: DriftReport) -> Values:
             "ended": window.ended,
             "rows": window.rows,
             "excess": rounded(worst),
-            "accuracy": rounded(window.estimated_accuracy),
+            "accuracy": _known(window.estimated_accuracy),
             "error": rounded(window.estimated_error),
         }
     return summary
+
+
+def _known(accuracy: float) -> float | None:
+    return rounded(accuracy) if accuracy >= 0 else None
 
 
 def drift_status(report: DriftReport) -> str:

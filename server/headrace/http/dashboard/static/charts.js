@@ -99,15 +99,32 @@ export function bars(labels, parts, { width, height, sentence }) {
   const largest = scaleOf(parts);
   const step = (right - left) / labels.length;
   const skip = Math.ceil((Math.max(...labels.map((label) => label.length)) * 7 + 6) / step);
-  return frame(width, height, sentence, yAxis(left, right, TOP, floor, largest, whole), labels.map((label, index) => [
-    bar(left + (index + 0.14) * step, floor, 0.72 * step, (parts[index] / largest) * (floor - TOP), "live", `${label}: ${format.percent(parts[index])}`),
-    index % skip ? null : text(left + (index + 0.5) * step, height - 5, "middle", label),
-  ]));
+  return frame(
+    width,
+    height,
+    sentence,
+    yAxis(left, right, TOP, floor, largest, whole),
+    labels.map((label, index) => [
+      bar(
+        left + (index + 0.14) * step,
+        floor,
+        0.72 * step,
+        (parts[index] / largest) * (floor - TOP),
+        "live",
+        `${label}: ${format.percent(parts[index])}`,
+      ),
+      index % skip ? null : text(left + (index + 0.5) * step, height - 5, "middle", label),
+    ]),
+  );
 }
 
 function bar(x, floor, width, size, kind, title) {
   const height = Math.max(size, size > 0 ? 1 : 0);
-  return svg("rect", { class: kind, x: round(x), y: round(floor - height), width: round(width), height: round(height), rx: Math.min(2, round(height) / 2) }, svg("title", null, title));
+  return svg(
+    "rect",
+    { class: kind, x: round(x), y: round(floor - height), width: round(width), height: round(height), rx: Math.min(2, round(height) / 2) },
+    svg("title", null, title),
+  );
 }
 
 function whole(part) {
@@ -128,12 +145,30 @@ export function compare(feature, { width, height }) {
     const name = binName(feature, index);
     const size = (part) => (part / largest) * (floor - TOP);
     return [
-      bar(left + (index + 0.1) * step, floor, 0.38 * step, size(feature.expected[index]), "was", `${name}: ${format.percent(feature.expected[index])} in the reference`),
+      bar(
+        left + (index + 0.1) * step,
+        floor,
+        0.38 * step,
+        size(feature.expected[index]),
+        "was",
+        `${name}: ${format.percent(feature.expected[index])} in the reference`,
+      ),
       bar(left + (index + 0.52) * step, floor, 0.38 * step, size(live), "live", `${name}: ${format.percent(live)} in the latest window`),
     ];
   });
-  const sentence = `${feature.title}: ` + feature.live.map((live, index) => `${binName(feature, index)} ${format.percent(live)}, reference ${format.percent(feature.expected[index])}`).join("; ");
-  return frame(width, height, sentence, yAxis(left, right, TOP, floor, largest, whole), pairs, binTicks(feature, left, step, height, right));
+  const sentence =
+    `${feature.title}: ` +
+    feature.live
+      .map((live, index) => `${binName(feature, index)} ${format.percent(live)}, reference ${format.percent(feature.expected[index])}`)
+      .join("; ");
+  return frame(
+    width,
+    height,
+    sentence,
+    yAxis(left, right, TOP, floor, largest, whole),
+    pairs,
+    binTicks(feature, left, step, height, right),
+  );
 }
 
 function binName(feature, index) {
@@ -173,22 +208,45 @@ export function overWindows(values, limit, windows, { width, height, label, limi
   const [left, right, floor] = [50, width - 8, height - FOOT];
   const shown = [...values, limit].filter((value) => value !== null && value !== undefined);
   let [low, high] = [0, nice(Math.max(...shown, 1e-3))];
-  if (isPart) [low, high] = [Math.max(Math.floor(Math.min(...shown) * 20) / 20 - 0.05, 0), Math.min(Math.ceil(Math.max(...shown) * 20) / 20, 1)];
+  if (isPart)
+    [low, high] = [Math.max(Math.floor(Math.min(...shown) * 20) / 20 - 0.05, 0), Math.min(Math.ceil(Math.max(...shown) * 20) / 20, 1)];
   const y = (value) => floor - ((value - low) / (high - low || 1)) * (floor - TOP);
   const x = (index) => (values.length < 2 ? (left + right) / 2 : left + 5 + (index / (values.length - 1)) * (right - left - 10));
-  const write = (part) => (isPart ? `${((low + part) * 100).toFixed(0)} %` : format.value(part));
+  const read = (value) => (isPart ? format.percent(value) : format.score(value));
+  const write = (part) => (isPart ? `${Number(((low + part) * 100).toFixed(1))} %` : format.value(part));
   const dots = values.map((value, index) => {
     if (value === null) return null;
-    const title = `${format.when(windows[index].ended)}, ${format.count(windows[index].rows)} rows: ${isPart ? format.percent(value) : format.score(value)}`;
+    const title = `${format.when(windows[index].ended)}, ${format.count(windows[index].rows)} rows: ${read(value)}`;
     const beyond = limit !== null && (isPart ? false : value > limit);
-    return svg("circle", { class: beyond ? "dot beyond" : "dot", cx: round(x(index)), cy: round(y(value)), r: values.length > 30 ? 2 : 3 }, svg("title", null, title));
+    return svg(
+      "circle",
+      { class: beyond ? "dot beyond" : "dot", cx: round(x(index)), cy: round(y(value)), r: values.length > 30 ? 2 : 3 },
+      svg("title", null, title),
+    );
   });
-  const path = values.map((value, index) => (value === null ? "" : `${index && values[index - 1] !== null ? "L" : "M"}${round(x(index))} ${round(y(value))}`)).join("");
-  const sentence = `${label} over ${format.plural(values.length, "window")}, the latest ${isPart ? format.percent(values.at(-1)) : format.score(values.at(-1))}`;
-  return frame(width, height, sentence, yAxis(left, right, TOP, floor, high - low, write),
-    limit === null || limit === undefined ? null : [line(left, y(limit), right, y(limit), "limit"), text(right, y(limit) + (y(limit) < TOP + 12 ? 12 : -5), "end", limitName)],
-    svg("path", { class: "path", d: path }), dots,
-    windows.length ? [text(left, height - 5, "start", format.moment(windows[0].ended)), windows.length > 1 ? text(right, height - 5, "end", format.moment(windows.at(-1).ended)) : null] : null);
+  const path = values
+    .map((value, index) =>
+      value === null ? "" : `${index && values[index - 1] !== null ? "L" : "M"}${round(x(index))} ${round(y(value))}`,
+    )
+    .join("");
+  const sentence = `${label} over ${format.plural(values.length, "window")}, the latest ${read(values.at(-1))}`;
+  return frame(
+    width,
+    height,
+    sentence,
+    yAxis(left, right, TOP, floor, high - low, write),
+    limit === null || limit === undefined
+      ? null
+      : [line(left, y(limit), right, y(limit), "limit"), text(right, y(limit) + (y(limit) < TOP + 12 ? 12 : -5), "end", limitName)],
+    svg("path", { class: "path", d: path }),
+    dots,
+    windows.length
+      ? [
+          text(left, height - 5, "start", format.moment(windows[0].ended)),
+          windows.length > 1 ? text(right, height - 5, "end", format.moment(windows.at(-1).ended)) : null,
+        ]
+      : null,
+  );
 }
 
 /** How many times chance allows a value is, as one of six shades. */
@@ -201,8 +259,13 @@ export function shade(excess) {
 export function strip(history, critical, most = 12) {
   const cells = history.slice(-most);
   const shift = (most - cells.length) * 5;
-  return svg("svg", { class: "strip", viewBox: `0 0 ${most * 5} 14`, width: most * 5, height: 14, "aria-hidden": "true" }, cells.map((psi, index) =>
-    svg("rect", { class: `heat heat-${shade(critical ? psi / critical : 0)}`, x: shift + index * 5, y: 1, width: 4, height: 12, rx: 1 })));
+  return svg(
+    "svg",
+    { class: "strip", viewBox: `0 0 ${most * 5} 14`, width: most * 5, height: 14, "aria-hidden": "true" },
+    cells.map((psi, index) =>
+      svg("rect", { class: `heat heat-${shade(critical ? psi / critical : 0)}`, x: shift + index * 5, y: 1, width: 4, height: 12, rx: 1 }),
+    ),
+  );
 }
 
 /** A bar as long as the excess, on a logarithmic scale with chance in the middle. */

@@ -13,7 +13,9 @@ const PATIENCE = 5000;
 /** Older numbers are marked. */
 const FRESH = 4000;
 
-const page = Object.fromEntries(["readiness", "freshness", "stale", "totals", "filter", "models", "detail"].map((id) => [id, document.getElementById(id)]));
+const page = Object.fromEntries(
+  ["readiness", "freshness", "stale", "totals", "filter", "models", "detail"].map((id) => [id, document.getElementById(id)]),
+);
 const rates = new Rates();
 
 /** All that changes: the latest answers, when they came (this page's clock), and what is looked at. */
@@ -26,14 +28,19 @@ function all(state) {
 }
 
 /** The one in the address, or what most deserves to be looked at: an alert, then a default version that serves. It stays the chosen
- * one while it is there: nobody wants to read on about another one. */
+ * one while it serves: nobody wants to read on about another one. After a swap the one that serves now is chosen, unless somebody
+ * asked for this one. */
 function chosen(state) {
   const found = all(state);
   const rank = ({ version }) => (version.state === "live") * 4 + (version.drift?.status === "alert") * 2 + version.is_default;
-  const named = found.filter(({ model, version }) => models.address(model, version) === now.address);
-  const best = (named.length ? named : found).reduce((best, each) => (best === null || rank(each) > rank(best) ? each : best), null);
-  if (best) now.address = models.address(best.model, best.version);
-  return best;
+  const best = (some) => some.reduce((high, each) => (high === null || rank(each) > rank(high) ? each : high), null);
+  const at = (address) => best(found.filter(({ model, version }) => models.address(model, version) === address));
+  const before = at(now.address);
+  if (before && (now.address === location.hash || before.version.state === "live")) return before;
+  const siblings = before ? found.filter(({ model }) => model === before.model) : [];
+  const next = best(siblings) ?? best(found);
+  if (next) now.address = models.address(next.model, next.version);
+  return next;
 }
 
 function watched() {
@@ -79,7 +86,8 @@ async function follow() {
       [now.failures, now.reason] = [0, ""];
     } catch (error) {
       now.failures += 1;
-      now.reason = error instanceof TypeError ? "it cannot be reached" : error.name === "TimeoutError" ? "it does not answer" : error.message;
+      now.reason =
+        error instanceof TypeError ? "it cannot be reached" : error.name === "TimeoutError" ? "it does not answer" : error.message;
     }
     render();
     const pause = Math.min(PERIOD * Math.max(now.failures, 1), SLOWEST);
@@ -94,7 +102,6 @@ function render() {
   if (!now.state) return;
   const { state } = now;
   const found = chosen(state);
-  show(page.readiness, readiness(state.server));
   show(page.totals, models.totals(state, rates));
   show(page.models, models.list(state, rates, found, page.filter.value.trim()));
   show(page.detail, found ? detail(state, found) : h("p", { class: "empty" }, "No version to show yet."));
@@ -116,7 +123,14 @@ function renderFreshness() {
     const since = now.state ? `Numbers are ${format.age(old / 1000)} old, of ${format.when(now.state.server.at)}.` : "";
     show(page.stale, h("strong", null, "No answer from the server"), `: ${now.reason}. ${since} Trying again.`);
   }
-  if (now.state) show(page.freshness, h("span", { class: `dot ${isStale ? "bad" : "good"}`, "aria-hidden": "true" }), isStale ? "stale" : "live", h("span", { class: "quiet" }, ` · ${now.state.server.version} · up ${format.age(now.state.server.at - now.state.server.started)}`));
+  if (now.state) show(page.readiness, isStale ? models.pill("bad", "unreachable") : readiness(now.state.server));
+  if (now.state)
+    show(
+      page.freshness,
+      h("span", { class: `dot ${isStale ? "bad" : "good"}`, "aria-hidden": "true" }),
+      isStale ? "stale" : "live",
+      h("span", { class: "quiet" }, ` · ${now.state.server.version} · up ${format.age(now.state.server.at - now.state.server.started)}`),
+    );
 }
 
 function detail(state, { model, version }) {
@@ -124,7 +138,9 @@ function detail(state, { model, version }) {
   // As the style sheet has it: as many cards side by side as fit, with their padding and gaps.
   const columns = width >= 1080 ? 3 : width >= 680 ? 2 : 1;
   const inside = Math.max(Math.floor((width - 16 * (columns - 1)) / columns) - 34, 240);
-  const cards = version.counters ? [models.throughput, models.latency, models.batches].map((make) => make(state, rates, model, version, inside)) : [];
+  const cards = version.counters
+    ? [models.throughput, models.latency, models.batches].map((make) => make(state, rates, model, version, inside))
+    : [];
   const answer = now.detail?.name === `${model.name}:${version.version}` ? now.detail.answer : null;
   const picked = now.features.get(`${model.name}:${version.version}`) ?? "";
   return [

@@ -15,7 +15,9 @@ export function rate(value) {
 }
 
 export function compact(value) {
-  return value === null || value === undefined ? NONE : Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 }).format(value);
+  return value === null || value === undefined
+    ? NONE
+    : Intl.NumberFormat("en-US", { notation: "compact", maximumSignificantDigits: 3 }).format(value);
 }
 
 /** A value of a feature, whatever its scale. */

@@ -24,7 +24,8 @@ export function pill(kind, ...words) {
 export function driftBadge(drift) {
   if (!drift) return null;
   if (drift.status === "alert") return pill("bad", format.plural(drift.alerts, "drift alert"));
-  if (drift.status === "learning") return pill("busy", `learning ${Math.floor((100 * drift.learnt_rows) / Math.max(drift.learn_rows, 1))} %`);
+  if (drift.status === "learning")
+    return pill("busy", `learning ${Math.floor((100 * drift.learnt_rows) / Math.max(drift.learn_rows, 1))} %`);
   return null;
 }
 
@@ -39,29 +40,49 @@ export function list(state, rates, chosen, filter) {
 
 function listed(model, rates, chosen, words) {
   const matches = (version) => {
-    const text = `${model.name} ${version.version} ${version.state} ${version.labels.join(" ")} ${version.drift?.status === "alert" ? "alert drift" : ""}`.toLowerCase();
+    const text = [model.name, version.version, version.state, ...version.labels, version.drift?.status === "alert" ? "alert drift" : ""]
+      .join(" ")
+      .toLowerCase();
     return words.every((word) => text.includes(word));
   };
   const versions = model.versions.filter(matches).sort((one, other) => other.version - one.version);
   if (!versions.length && (model.versions.length || !words.every((word) => model.name.toLowerCase().includes(word)))) return null;
-  return h("section", { class: "model", "data-key": model.name },
+  return h(
+    "section",
+    { class: "model", "data-key": model.name },
     h("h3", { title: model.name }, model.name),
     model.error ? h("p", { class: "note bad" }, model.error) : null,
-    h("ul", null, versions.map((version) => item(model, version, rates, chosen))));
+    h(
+      "ul",
+      null,
+      versions.map((version) => item(model, version, rates, chosen)),
+    ),
+  );
 }
 
 function item(model, version, rates, chosen) {
   const { recent } = rates.of(model, version);
   const isChosen = chosen !== null && chosen.model === model && chosen.version === version;
-  return h("li", { "data-key": version.id + version.state },
-    h("a", { class: "version", href: address(model, version), "aria-current": isChosen ? "true" : null },
+  return h(
+    "li",
+    { "data-key": version.id + version.state },
+    h(
+      "a",
+      { class: "version", href: address(model, version), "aria-current": isChosen ? "true" : null },
       h("span", { class: `dot ${tone(version)}`, "aria-hidden": "true" }),
       h("span", { class: "number" }, `v${version.version}`),
       h("span", { class: "state" }, version.state, version.labels.length ? ` · ${version.labels.join(", ")}` : ""),
       h("span", { class: "figure" }, recent ? `${format.rate(recent.requests)}/s` : ""),
-      h("span", { class: "badges" },
-        version.is_default && version.traffic < 100 || (!version.is_default && version.traffic > 0) ? pill("quiet", `${Number(version.traffic.toFixed(1))} % of traffic`) : null,
-        driftBadge(version.drift))));
+      h(
+        "span",
+        { class: "badges" },
+        (version.is_default && version.traffic < 100) || (!version.is_default && version.traffic > 0)
+          ? pill("quiet", `${Number(version.traffic.toFixed(1))} % of traffic`)
+          : null,
+        driftBadge(version.drift),
+      ),
+    ),
+  );
 }
 
 // -- all together -----------------------------------------------------------------------------------------------------
@@ -79,13 +100,29 @@ export function totals(state, rates) {
     tile("Rows", together ? format.rate(together.rows) : format.NONE, "per second"),
     tile("Failures", together ? format.rate(together.failures) : format.NONE, "per second", together?.failures > 0 ? "bad" : ""),
     tile("Latency p99", format.duration(p99), `last ${WINDOW} s`),
-    tile("Versions live", format.count(live), failed ? `${failed} failed` : `of ${format.plural(state.models.length, "model")}`, failed ? "bad" : ""),
-    tile("Drift alerts", format.count(alerts), watched ? `${format.plural(watched, "version")} watched` : "nothing watched", alerts ? "bad" : ""),
+    tile(
+      "Versions live",
+      format.count(live),
+      failed ? `${failed} failed` : `of ${format.plural(state.models.length, "model")}`,
+      failed ? "some-bad" : "",
+    ),
+    tile(
+      "Drift alerts",
+      format.count(alerts),
+      watched ? `${format.plural(watched, "version")} watched` : "nothing watched",
+      alerts ? "bad" : "",
+    ),
   ];
 }
 
 function tile(name, figure, unit, kind = "") {
-  return h("div", { class: `tile ${kind}` }, h("span", { class: "name" }, name), h("strong", null, figure), h("span", { class: "unit" }, unit));
+  return h(
+    "div",
+    { class: `tile ${kind}` },
+    h("span", { class: "name" }, name),
+    h("strong", null, figure),
+    h("span", { class: "unit" }, unit),
+  );
 }
 
 // -- the chosen version -----------------------------------------------------------------------------------------------
@@ -102,50 +139,146 @@ export function head(state, model, version) {
     model.source ? `from ${model.source}` : "",
     ...Object.entries(version.metadata).map(([name, value]) => `${name} ${value}`),
   ];
-  return h("header", { class: "head" },
+  return h(
+    "header",
+    { class: "head" },
     h("h2", null, model.name, h("span", { class: "of" }, ` version ${version.version}`)),
-    h("p", { class: "pills" }, pill(tone(version), version.state), version.is_default ? pill("quiet", "default") : null, version.labels.map((label) => pill("quiet", label)), driftBadge(version.drift)),
-    h("p", { class: "facts" }, facts.filter(Boolean).map((fact) => h("span", null, fact))),
+    h(
+      "p",
+      { class: "pills" },
+      pill(tone(version), version.state),
+      version.is_default ? pill("quiet", "default") : null,
+      version.labels.map((label) => pill("quiet", label)),
+      driftBadge(version.drift),
+    ),
+    h(
+      "p",
+      { class: "facts" },
+      facts.filter(Boolean).map((fact) => h("span", null, fact)),
+    ),
     version.reason ? h("p", { class: `note ${version.state === "failed" ? "bad" : ""}` }, version.reason) : null,
-    model.error ? h("p", { class: "note bad" }, model.error) : null);
+    model.error ? h("p", { class: "note bad" }, model.error) : null,
+    elsewhere(model, version),
+  );
+}
+
+/** Where to look instead, for who looks at a version that serves no more, or not yet. */
+function elsewhere(model, version) {
+  const serving = model.versions.find((each) => each.is_default);
+  if (!serving || version.state === "live") return null;
+  return h("p", { class: "note" }, h("a", { href: address(model, serving) }, `Version ${serving.version}`), " serves this model now.");
 }
 
 export function rollout(model, at) {
   const trial = model.rollout;
   if (!trial) return null;
   const isRunning = trial.phase === "running";
-  return card("Rollout", `${trial.mode}, ${trial.phase.replace("_", " ")}`, "wide",
-    h("p", null, `Version ${trial.candidate} beside version ${trial.baseline}, ${Number(trial.percent.toFixed(1))} % of the requests, since ${format.age(at - trial.began)}`,
-      isRunning ? `; decided in ${format.age(trial.seconds_left)} at the earliest.` : "."),
-    isRunning ? h("label", { class: "progress" }, h("progress", { value: Math.min(trial.requests, trial.min_requests), max: Math.max(trial.min_requests, 1) }),
-      `${format.count(trial.requests)} of at least ${format.count(trial.min_requests)} requests`) : null,
+  return card(
+    "Rollout",
+    `${trial.mode}, ${trial.phase.replace("_", " ")}`,
+    "wide",
+    h(
+      "p",
+      null,
+      `Version ${trial.candidate} beside version ${trial.baseline}, ${Number(trial.percent.toFixed(1))} % of the requests, `,
+      `since ${format.age(at - trial.began)}`,
+      isRunning ? `; decided in ${format.age(trial.seconds_left)} at the earliest.` : ".",
+    ),
+    isRunning
+      ? h(
+          "label",
+          { class: "progress" },
+          h("progress", { value: Math.min(trial.requests, trial.min_requests), max: Math.max(trial.min_requests, 1) }),
+          `${format.count(trial.requests)} of at least ${format.count(trial.min_requests)} requests`,
+        )
+      : null,
     trial.reason ? h("p", { class: "note" }, trial.reason) : null,
-    trial.evidence.length ? h("div", { class: "scroll" }, h("table", null,
-      h("thead", null, h("tr", null, h("th", { scope: "col" }, "Evidence"), h("th", { scope: "col" }, `version ${trial.candidate}`), h("th", { scope: "col" }, `version ${trial.baseline}`))),
-      h("tbody", null, trial.evidence.map(([name, mine, other]) => h("tr", null, h("th", { scope: "row" }, name), h("td", null, mine), h("td", null, other)))))) : null);
+    trial.evidence.length
+      ? h(
+          "div",
+          { class: "scroll" },
+          h(
+            "table",
+            null,
+            h(
+              "thead",
+              null,
+              h(
+                "tr",
+                null,
+                h("th", { scope: "col" }, "Evidence"),
+                h("th", { scope: "col" }, `version ${trial.candidate}`),
+                h("th", { scope: "col" }, `version ${trial.baseline}`),
+              ),
+            ),
+            h(
+              "tbody",
+              null,
+              trial.evidence.map(([name, mine, other]) =>
+                h("tr", null, h("th", { scope: "row" }, name), h("td", null, mine), h("td", null, other)),
+              ),
+            ),
+          ),
+        )
+      : null,
+  );
 }
 
 export function card(title, aside, kind, ...parts) {
-  return h("section", { class: `card ${kind}`, "aria-label": title }, h("header", null, h("h3", null, title), h("p", null, aside)), ...parts);
+  return h(
+    "section",
+    { class: `card ${kind}`, "aria-label": title },
+    h("header", null, h("h3", null, title), h("p", null, aside)),
+    ...parts,
+  );
 }
 
 export function throughput(state, rates, model, version, width) {
   const { recent, history } = rates.of(model, version);
-  const failed = Object.entries(version.counters.failures).filter(([, count]) => count).map(([reason, count]) => `${format.count(count)} ${reason}`);
-  return card("Throughput", `last ${WINDOW} s`, "",
-    h("p", { class: "figures" },
+  const failed = Object.entries(version.counters.failures)
+    .filter(([, count]) => count)
+    .map(([reason, count]) => `${format.count(count)} ${reason}`);
+  return card(
+    "Throughput",
+    `last ${WINDOW} s`,
+    "",
+    h(
+      "p",
+      { class: "figures" },
       figure(recent ? format.rate(recent.requests) : format.NONE, "req/s", "key requests"),
       figure(recent ? format.rate(recent.rows) : format.NONE, "rows/s"),
-      figure(recent ? format.rate(recent.failures) : format.NONE, "failed/s", recent?.failures > 0 ? "key failures bad" : "key failures")),
-    charts.overTime(history, { width, height: 150, now: state.server.clock, seconds: SHOWN, names: ["requests", "failures"], label: "Throughput", unit: "requests/s" }),
-    h("p", { class: "foot" }, `${format.count(version.counters.success)} answered since it was loaded, ${failed.length ? `failed: ${failed.join(", ")}` : "none failed"}; ${format.plural(version.waiting_rows, "row")} waiting.`));
+      figure(recent ? format.rate(recent.failures) : format.NONE, "failed/s", recent?.failures > 0 ? "key failures bad" : "key failures"),
+    ),
+    charts.overTime(history, {
+      width,
+      height: 150,
+      now: state.server.clock,
+      seconds: SHOWN,
+      names: ["requests", "failures"],
+      label: "Throughput",
+      unit: "requests/s",
+    }),
+    h(
+      "p",
+      { class: "foot" },
+      `${format.count(version.counters.success)} answered since it was loaded, `,
+      failed.length ? `failed: ${failed.join(", ")}; ` : "none failed; ",
+      `${format.plural(version.waiting_rows, "row")} waiting.`,
+    ),
+  );
 }
 
 function figure(number, unit, kind = "") {
   return h("span", { class: `number ${kind}` }, h("strong", null, number), ` ${unit}`);
 }
 
-const STAGES = [["request", "Request"], ["queue", "Queue"], ["compute_input", "Input"], ["compute", "Compute"], ["compute_output", "Output"]];
+const STAGES = [
+  ["request", "Request"],
+  ["queue", "Queue"],
+  ["compute_input", "Input"],
+  ["compute", "Compute"],
+  ["compute_output", "Output"],
+];
 
 export function latency(state, rates, model, version, width) {
   const { recent } = rates.of(model, version);
@@ -153,8 +286,19 @@ export function latency(state, rates, model, version, width) {
     const counts = recent?.buckets[state.stages.indexOf(stage)];
     return { name, p50: counts ? quantile(state.seconds, counts, 0.5) : null, p99: counts ? quantile(state.seconds, counts, 0.99) : null };
   });
-  return card("Latency by stage", `last ${WINDOW} s`, "", charts.latencies(rows, { width }),
-    h("p", { class: "foot" }, rows[0].p50 === null ? "No request was answered in that time." : "Request: from a message's arrival to its encoded answer. Circle: median; bar: p99."));
+  return card(
+    "Latency by stage",
+    `last ${WINDOW} s`,
+    "",
+    charts.latencies(rows, { width }),
+    h(
+      "p",
+      { class: "foot" },
+      rows[0].p50 === null
+        ? "No request was answered in that time."
+        : "Request: from a message's arrival to its encoded answer. Circle: median; bar: p99.",
+    ),
+  );
 }
 
 export function batches(state, rates, model, version, width) {
@@ -167,21 +311,50 @@ export function batches(state, rates, model, version, width) {
   const labels = [...state.rows.map((edge, index) => (index < 2 ? String(edge) : `≤${edge}`)), `>${state.rows.at(-1)}`].slice(0, last);
   const parts = labels.map((_, index) => (all ? counts[index] / all : 0));
   const mean = isRecent ? recent.rows / recent.batches : counters.batches ? counters.rows / counters.batches : null;
-  return card("Batch sizes", isRecent ? `last ${WINDOW} s` : "since it was loaded", "",
-    h("p", { class: "figures" }, figure(mean === null ? format.NONE : format.rate(mean), "rows a batch"), figure(recent ? format.rate(recent.batches) : format.NONE, "batches/s")),
-    charts.bars(labels, parts, { width, height: 150, sentence: `Batch sizes: ${labels.map((label, index) => `${label} rows ${format.percent(parts[index])}`).join(", ")}` }),
-    h("p", { class: "foot" }, "Part of the batches, by rows."));
+  return card(
+    "Batch sizes",
+    isRecent ? `last ${WINDOW} s` : "since it was loaded",
+    "",
+    h(
+      "p",
+      { class: "figures" },
+      figure(mean === null ? format.NONE : format.rate(mean), "rows a batch"),
+      figure(recent ? format.rate(recent.batches) : format.NONE, "batches/s"),
+    ),
+    charts.bars(labels, parts, {
+      width,
+      height: 150,
+      sentence: `Batch sizes: ${labels.map((label, index) => `${label} rows ${format.percent(parts[index])}`).join(", ")}`,
+    }),
+    h("p", { class: "foot" }, "Part of the batches, by rows."),
+  );
 }
 
 export function events(state, model) {
   if (state.events === null) return null;
   const found = state.events.filter((event) => event.model === model.name).slice(0, 12);
   if (!found.length) return null;
-  return card("Events", `the latest of ${model.name}`, "wide", h("ol", { class: "events" }, found.map((event) => {
-    const fields = Object.entries(event.fields).map(([name, value]) => `${name} ${value}`);
-    return h("li", { "data-key": event.number },
-      h("time", { datetime: new Date(event.at * 1000).toISOString() }, format.when(event.at)),
-      h("span", { class: "kind" }, event.kind.replace(/_/g, " "), event.version ? ` v${event.version}` : ""),
-      h("span", { class: "why" }, [event.reason, ...fields, event.who === "server" ? "" : `by ${event.who}`].filter(Boolean).join(" · ")));
-  })));
+  return card(
+    "Events",
+    `the latest of ${model.name}`,
+    "wide",
+    h(
+      "ol",
+      { class: "events" },
+      found.map((event) => {
+        const fields = Object.entries(event.fields).map(([name, value]) => `${name} ${value}`);
+        return h(
+          "li",
+          { "data-key": event.number },
+          h("time", { datetime: new Date(event.at * 1000).toISOString() }, format.when(event.at)),
+          h("span", { class: "kind" }, event.kind.replace(/_/g, " "), event.version ? ` v${event.version}` : ""),
+          h(
+            "span",
+            { class: "why" },
+            [event.reason, ...fields, event.who === "server" ? "" : `by ${event.who}`].filter(Boolean).join(" · "),
+          ),
+        );
+      }),
+    ),
+  );
 }

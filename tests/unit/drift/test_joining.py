@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import mmap
+
+import numpy as np
+import pytest
+from headrace.batching.assemble import as_array
+from headrace.drift.joining import is_borrowed
+from headrace.requests import InputTensor
+from headrace.signature import DataType, TensorSpec
+
+SPEC = TensorSpec("x", DataType.FP32, (-1, 2))
+
+
+def arrived(data: bytes | memoryview) -> np.ndarray:
+    return as_array(SPEC, InputTensor("x", "FP32", (2, 2), data))
+
+
+@pytest.mark.parametrize("data", [bytes(16), memoryview(bytes(16))])
+def test_what_lies_in_a_received_message_is_nobody_elses(data: bytes | memoryview) -> None:
+    assert not is_borrowed(arrived(data))
+    assert not is_borrowed(np.concatenate([arrived(data)] * 2))
+
+
+def test_what_lies_in_shared_memory_is_its_clients() -> None:
+    with mmap.mmap(-1, 16) as region:
+        array = arrived(memoryview(region).toreadonly())
+        assert is_borrowed(array)
+        assert is_borrowed(array[:1])
+        assert not is_borrowed(array.copy())
+        del array
