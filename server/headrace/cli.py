@@ -108,6 +108,8 @@ def _greet(server: Server) -> None:
     address = server.grpc_addresses[0]
     models = ", ".join(sorted({version.model for version in server.models.find("", "") if version.is_live})) or "no model"
     print(f"\nHeadrace {__version__} serves {models} on {address}.")
+    if server.http_address and server.config.dashboard:
+        print(f"  look      http://{server.http_address}/")
     if server.http_address:
         print(f"  metrics   curl http://{server.http_address}/metrics")
         print(f"  health    curl http://{server.http_address}/readyz")

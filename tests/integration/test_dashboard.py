@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -97,6 +98,28 @@ async def test_the_page_shows_a_model_its_traffic_and_its_drift(tmp_path: Path) 
             await page.until(shows(".chosen h4", "image.0"))
             assert await page.evaluate("document.querySelectorAll('.chosen rect.was').length >= 2")
             assert await page.evaluate("document.querySelectorAll('.chosen circle.beyond').length >= 1")
+            assert page.problems == []
+    finally:
+        await server.stop()
+
+
+async def test_after_a_swap_the_page_shows_what_serves_unless_somebody_asked_for_the_old_version(tmp_path: Path) -> None:
+    repository = make_repository(tmp_path)
+    config = ServerConfig(models=(str(repository),), grpc=("127.0.0.1:0",), http="127.0.0.1:0", poll_interval=0.1, settle=0)
+    server = Server(config)
+    await server.start()
+    try:
+        async with open_browser(f"http://{server.http_address}/") as page:
+            await page.until(shows(".head", "digits version 1"))
+            shutil.copytree(repository / "digits" / "1", repository / "digits" / "2")
+            await page.until(shows(".head", "digits version 2"))
+            assert await page.evaluate(shows(".events", "flip v2"))
+
+            await page.evaluate("location.hash = '#digits:1'")
+            await page.until(shows(".head", "digits version 1"))
+            await page.until(shows(".head", "Version 2 serves this model now."))
+            await page.evaluate("document.querySelector('.head .note a').click()")
+            await page.until(shows(".head", "digits version 2"))
             assert page.problems == []
     finally:
         await server.stop()

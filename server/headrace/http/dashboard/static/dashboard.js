@@ -28,14 +28,19 @@ function all(state) {
 }
 
 /** The one in the address, or what most deserves to be looked at: an alert, then a default version that serves. It stays the chosen
- * one while it is there: nobody wants to read on about another one. */
+ * one while it serves: nobody wants to read on about another one. After a swap the one that serves now is chosen, unless somebody
+ * asked for this one. */
 function chosen(state) {
   const found = all(state);
   const rank = ({ version }) => (version.state === "live") * 4 + (version.drift?.status === "alert") * 2 + version.is_default;
-  const named = found.filter(({ model, version }) => models.address(model, version) === now.address);
-  const best = (named.length ? named : found).reduce((best, each) => (best === null || rank(each) > rank(best) ? each : best), null);
-  if (best) now.address = models.address(best.model, best.version);
-  return best;
+  const best = (some) => some.reduce((high, each) => (high === null || rank(each) > rank(high) ? each : high), null);
+  const at = (address) => best(found.filter(({ model, version }) => models.address(model, version) === address));
+  const before = at(now.address);
+  if (before && (now.address === location.hash || before.version.state === "live")) return before;
+  const siblings = before ? found.filter(({ model }) => model === before.model) : [];
+  const next = best(siblings) ?? best(found);
+  if (next) now.address = models.address(next.model, next.version);
+  return next;
 }
 
 function watched() {

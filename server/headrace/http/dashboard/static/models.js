@@ -158,7 +158,15 @@ export function head(state, model, version) {
     ),
     version.reason ? h("p", { class: `note ${version.state === "failed" ? "bad" : ""}` }, version.reason) : null,
     model.error ? h("p", { class: "note bad" }, model.error) : null,
+    elsewhere(model, version),
   );
+}
+
+/** Where to look instead, for who looks at a version that serves no more, or not yet. */
+function elsewhere(model, version) {
+  const serving = model.versions.find((each) => each.is_default);
+  if (!serving || version.state === "live") return null;
+  return h("p", { class: "note" }, h("a", { href: address(model, serving) }, `Version ${serving.version}`), " serves this model now.");
 }
 
 export function rollout(model, at) {
@@ -253,7 +261,8 @@ export function throughput(state, rates, model, version, width) {
     h(
       "p",
       { class: "foot" },
-      `${format.count(version.counters.success)} answered since it was loaded, ${failed.length ? `failed: ${failed.join(", ")}` : "none failed"}; `,
+      `${format.count(version.counters.success)} answered since it was loaded, `,
+      failed.length ? `failed: ${failed.join(", ")}; ` : "none failed; ",
       `${format.plural(version.waiting_rows, "row")} waiting.`,
     ),
   );
