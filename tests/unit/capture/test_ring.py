@@ -6,6 +6,7 @@ import resource
 import signal
 import stat
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -82,26 +83,30 @@ def test_a_place_that_cannot_be_a_directory_is_an_error_of_configuration(tmp_pat
         Ring(tmp_path / "file", MOST)
 
 
-@pytest.fixture
-def file_size_limit() -> Iterator[int]:
-    """What the disk takes of one file, as far as this process knows: a write beyond it fails half way, as on a full disk."""
+@contextmanager
+def nearly_full_disk() -> Iterator[None]:
+    """As far as this process knows: a write beyond 3,000 bytes of one file fails half way. For no longer than it must be: the tests'
+    own output may go into a larger file."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, before[1]))
-    yield 3000
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, ignored)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
 
 
-def test_what_a_full_disk_cuts_off_is_taken_back(tmp_path: Path, file_size_limit: int) -> None:
+def test_what_a_full_disk_cuts_off_is_taken_back(tmp_path: Path) -> None:
     ring = Ring(tmp_path, 1 << 20)
     written, failed = [], 0
-    for number in range(40):
-        try:
-            ring.append(encode_record(plain(3, id=str(number))))
-            written.append(number)
-        except OSError:
-            failed += 1
+    with nearly_full_disk():
+        for number in range(40):
+            try:
+                ring.append(encode_record(plain(3, id=str(number))))
+                written.append(number)
+            except OSError:
+                failed += 1
     assert failed > 0
     assert ring.size == on_disk(tmp_path)
     ring.close()
