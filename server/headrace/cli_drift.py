@@ -44,7 +44,7 @@ def add_drift(drift: argparse.ArgumentParser) -> None:
     profile.add_argument(
         "--label", default="", metavar="COLUMN", help="which column is the true class: then accuracy is estimated while it serves"
     )
-    profile.add_argument("--bins", type=int, default=0, metavar="N", help="ranges of each number; left out: as model.toml says (10)")
+    profile.add_argument("--bins", type=_bins, default=0, metavar="N", help="ranges of each number; left out: as model.toml says (10)")
     profile.add_argument(
         "--out", type=Path, metavar="FILE", help="left out: drift.msgpack beside the model's file, from where the server takes it"
     )
@@ -68,6 +68,12 @@ def add_drift(drift: argparse.ArgumentParser) -> None:
     report.add_argument("--html", type=Path, metavar="FILE", help="write a page with plots, that needs nothing else")
     report.add_argument("--fail-on-drift", action="store_true", help="exit with 1 while there is an alert, for pipelines")
     report.set_defaults(run=_report)
+
+
+def _bins(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and 2 <= int(text) <= 1000):
+        raise argparse.ArgumentTypeError(f"expected 2 to 1000, got {text!r}")
+    return int(text)
 
 
 # -- profile -----------------------------------------------------------------------------------------------------------

@@ -96,12 +96,14 @@ def read_labels(path: Path, kind: str) -> Iterator[Labelled]:
         if str(path) == "-":
             yield from _read_lines(sys.stdin, "standard input", kind)
             return
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             yield from _read_csv(file, str(path), kind) if path.suffix == ".csv" else _read_lines(file, str(path), kind)
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: expected UTF-8: {error.reason}") from None
+    except csv.Error as error:
+        raise ConfigError(f"{path}: expected comma-separated values: {error}") from None
 
 
 def _read_lines(lines: Iterable[str], name: str, kind: str) -> Iterator[Labelled]:
@@ -129,7 +131,7 @@ def _read_csv(file: Iterable[str], name: str, kind: str) -> Iterator[Labelled]:
             yield labelled_of(id, labels, kind, place)
             labels = []
         id, place = row["id"], f"{name}:{reader.line_num}"
-        labels.append(_from_text(row["label"] or ""))
+        labels.append(row["label"] if kind == "names" else _from_text(row["label"] or ""))
     if labels:
         yield labelled_of(id, labels, kind, place)
 
@@ -147,12 +149,17 @@ def labelled_of(id: str, labels: Sequence[object], kind: str, place: str) -> Lab
     """Raises ConfigError for labels that are not of one kind."""
     from headrace.feedback.feedbacks import Labelled
 
-    are_numbers = all(isinstance(label, (int, float)) and not isinstance(label, bool) for label in labels)
+    strange = next((each for each in labels if isinstance(each, bool) or not isinstance(each, (int, float, str)) or each == ""), labels)
+    if strange is not labels:
+        raise ConfigError(f"{place}: expected a number or a class's name as label, got {strange!r}")
+    are_numbers = all(isinstance(label, (int, float)) for label in labels)
     if kind == "auto":
         are_whole = all(isinstance(label, int) for label in labels)
         kind = ("classes" if are_whole else "values") if are_numbers else "names"
     if not labels or (kind != "names" and not are_numbers) or (kind == "classes" and not all(isinstance(each, int) for each in labels)):
         raise ConfigError(f"{place}: expected {kind}, got {labels!r}")
+    if kind == "classes" and not all(-(2**63) <= each < 2**63 for each in labels):  # type: ignore[operator]  # checked
+        raise ConfigError(f"{place}: expected classes of 64 bits, got {labels!r}")
     if kind == "names":
         return Labelled(id, names=[str(label) for label in labels])
     return Labelled(id, classes=labels) if kind == "classes" else Labelled(id, values=labels)  # type: ignore[arg-type]  # checked

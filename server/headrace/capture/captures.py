@@ -232,20 +232,27 @@ def _pending(owner: VersionCapture, batch: RanBatch, ticket: Ticket, start: int,
     redacted, specs = owner.redacted, owner.signature.outputs
     names = {specs[index].name: index for index in ticket.outputs}
     outputs = [(names[name], array) for name, array in zip(batch.outputs, batch.arrays, strict=True) if name in names]
-    # Redacted inputs are not even kept; an output's array is the batch's, and is not read where it is redacted.
+    # A redacted input's view is not kept, though its message may be, by that of another one; redacted outputs are not read.
     inputs = [
         InputTensor(tensor.name, tensor.datatype, tensor.shape, b"") if tensor is not None and tensor.name in redacted else tensor
         for tensor in ticket.inputs
     ]
-    nbytes = sum([_size(tensor.data) for tensor in inputs if tensor is not None]) + sum([array.nbytes for _, array in outputs])
+    nbytes = _size([tensor.data for tensor in inputs if tensor is not None]) + sum([array.nbytes for _, array in outputs])
     return _Pending(owner, ticket.id, at, ticket.rows, start, inputs, outputs, nbytes)
 
 
-def _size(data: TensorBytes) -> int:
-    if isinstance(data, (bytes, memoryview)):
-        return len(data)
-    elements: list[bytes] = data.ravel().tolist()
-    return sum([STRING + len(element) for element in elements])
+def _size(inputs: Sequence[TensorBytes]) -> int:
+    """What is kept in memory by keeping these: a view keeps its whole message."""
+    messages: dict[int, int] = {}
+    strings = 0
+    for data in inputs:
+        if isinstance(data, (bytes, memoryview)):
+            whole = data.obj if isinstance(data, memoryview) else data
+            messages[id(whole)] = memoryview(whole).nbytes
+        else:
+            elements: list[bytes] = data.ravel().tolist()
+            strings += sum([STRING + len(element) for element in elements])
+    return strings + sum(messages.values())
 
 
 def _is_shared(data: TensorBytes) -> bool:

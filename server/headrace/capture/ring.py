@@ -31,6 +31,7 @@ class Ring:
         self._max_bytes = max_bytes
         self._clock = clock
         self._file = -1
+        self._header = len(encode_header(0.0))
         self._files: deque[tuple[Path, int]] = deque()
         """Oldest first, with their sizes; the last one is written where `_file` is open."""
         self.size = 0
@@ -101,8 +102,10 @@ class Ring:
                 os.ftruncate(self._file, size)
             finally:
                 self._end_file()
-                if not size:
+                if size <= self._header:
+                    # Not one without a record for each that fails.
                     self._files.pop()
+                    self.size -= size
                     path.unlink(missing_ok=True)
             raise
         self._files[-1] = (path, size + len(data))

@@ -16,7 +16,7 @@ class CaptureSampler:
     def __init__(self, fraction: float, per_second: float, now: float, seed: int | None = None) -> None:
         self._fraction = fraction
         self._rate = per_second
-        self._most = max(per_second, 1.0)
+        self._most = max(per_second, 1.0) if per_second else 0.0
         self._allowance = self._most
         self._filled = now
         self._random = random.Random(seed)

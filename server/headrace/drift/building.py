@@ -153,7 +153,8 @@ def _describe(feature: Feature, column: _Column, bins: int) -> FeatureReference:
     if feature.kind is Kind.CATEGORICAL:
         return _describe_categories(feature, [as_text(value) for value in values.tolist()])
     is_integer = column.dtype.kind in "iu" and feature.extract is Extract.COLUMN
-    if is_integer and len(np.unique(values)) <= FEW_DIFFERENT:
+    # Beyond 2**53 they have no names: float64 does not tell them apart.
+    if is_integer and np.abs(values).max(initial=0) < 2**53 and len(np.unique(values)) <= FEW_DIFFERENT:
         return _describe_categories(replace(feature, kind=Kind.CATEGORICAL), [str(int(value)) for value in values])
     finite = values[np.isfinite(values)]
     missing = int(np.isnan(values).sum())
@@ -227,7 +228,9 @@ def from_counts(reference: Reference, counts: Counts, source: str) -> Reference:
         mean, deviation = each.mean, each.deviation
         if each.is_numeric:
             mean = float(counts.sums[index] / total)
-            deviation = float(np.sqrt(max(counts.squares[index] / total - mean * mean, 0.0)))
+            variance = counts.squares[index] / total - mean * mean
+            # Of numbers far from 0 the difference is noise; the scale that the edges were cut for is the better one then.
+            deviation = float(np.sqrt(variance)) if variance > 1e-9 * mean * mean else each.deviation
         missing, infinite = (int(quality[QUALITY.index(kind)]) for kind in ("missing", "infinite"))
         numbered = tuple(bins.tolist())
         features.append(

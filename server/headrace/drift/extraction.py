@@ -29,6 +29,13 @@ def as_numbers(array: Array, is_bf16: bool = False) -> Array:
     return np.asarray(array, np.float32) if array.dtype == np.float16 else array
 
 
+def to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """The nearest patterns, of two equally near ones the even; NaN stays NaN."""
+    bits = values.view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
 def numbers(array: Array, features: Sequence[Feature], is_bf16: bool = False) -> Values:
     """[rows, features]: the values of one tensor's numeric features; `array` has a dimension of rows first."""
     if array.dtype.kind == "O":

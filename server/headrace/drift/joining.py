@@ -50,6 +50,9 @@ def join(
     for position, batch in enumerate(batches):
         # Whether the outputs' shapes agree too is not known before they are looked at; those of large ones stay alone.
         shapes = tuple([array.shape[1:] if has_rows else array.shape for array in batch.arrays])
+        if not has_rows:
+            # The key has them without their first dimension, which then is one like the others.
+            shapes += tuple([array.shape for array in batch.inputs.values()])
         key = (batch.key, tuple(batch.outputs), shapes) if batch.nbytes < JOINED_BYTES else position
         groups.setdefault(key, []).append(batch)
     for group in groups.values():

@@ -78,7 +78,10 @@ class DriftMonitors:
                 return
             may_end = False
             for watch in self._watches:
-                may_end |= watch.count_pending()
+                try:
+                    may_end |= watch.count_pending()
+                except Exception:  # one version's, and not the end of all others'
+                    log.exception("drift counting failed", watch=repr(watch))
 
     def _publish(self, news: Sequence[Alert]) -> None:
         """From any thread."""

@@ -121,6 +121,7 @@ class DriftWatch:
             kept = Kept(batch.tickets[0].key, batch.rows, batch.inputs, batch.outputs, batch.arrays)
             if self._is_exact:
                 self._count_now([kept])
+                self._wake()  # a window may have to end by time alone
             else:
                 self._keep(kept)
         except Exception:
@@ -193,7 +194,8 @@ class DriftWatch:
 
     def count_pending(self) -> bool:
         """Count what has gathered; whether there is an open window that time alone may end. Counting thread."""
-        batches = [self._pending.popleft() for _ in range(len(self._pending))]
+        with self._lock:  # `close` empties it as well
+            batches = [self._pending.popleft() for _ in range(len(self._pending))]
         began = time.thread_time()
         try:
             if batches:

@@ -36,6 +36,8 @@ INTERVAL = 1.0
 MOST_BATCHES = 4096
 MOST_BYTES = 16 << 20
 """Of one version, that gather."""
+MOST_ERROR = 1e100
+"""Of a number: squares beyond it are infinite, and with one of those the sums would say nothing ever after."""
 MOST_PROBLEMS = 10
 OUTCOMES = ("matched", "unknown", "expired", "duplicate", "invalid")
 """What became of a request's labels: joined; of a request that nobody here answered, or without an id, or that named other outputs; of one
@@ -135,6 +137,10 @@ class VersionFeedback:
             return
         array = batch.arrays[batch.outputs.index(self._subject.output)]
         output = array[: batch.rows].reshape(batch.rows, -1) if self._is_batching else array.reshape(1, -1)
+        if not output.shape[1]:
+            with self._lock:
+                self._unidentified += len(requests)
+            return
         # Summed up without a lock: it bounds memory, and need not be exact.
         self._gathered_bytes += array.nbytes
         self._gathered.append(_Answers(requests, output, batch.done))
@@ -196,6 +202,8 @@ class VersionFeedback:
             # Sums with a NaN in them would say nothing ever after; headrace_nonfinite_answers_total and drift tell of such answers.
             if not all(math.isfinite(value) for value in prediction.values):
                 return "the answer itself was not finite"
+            if any(abs(value - label) > MOST_ERROR for value, label in zip(prediction.values, labelled.values, strict=True)):
+                return f"expected values within {MOST_ERROR:g} of the answer"
             self._errors.add(prediction.values, labelled.values)
             return ""
         if labelled.values:
@@ -209,7 +217,7 @@ class VersionFeedback:
         return ""
 
     def report(self) -> FeedbackReport:
-        self.work_out()
+        """Without the answers that have gathered since `work_out`."""
         with self._lock:
             is_classes = self._subject.kind.is_classification
             right = self._right.snapshot() if is_classes else None
@@ -321,9 +329,13 @@ class Feedbacks:
 
     def report(self, model: str, version: int) -> list[FeedbackReport]:
         """Raises FailedPrecondition."""
-        return [each.report() for each in self.find(model, version)]
+        found = self.find(model, version)
+        for each in found:
+            each.work_out()
+        return [each.report() for each in found]
 
     def reports(self) -> list[FeedbackReport]:
+        """Of all, for a scrape on the event loop: nothing is worked out for it, which the thread does each second anyway."""
         return [each.report() for each in self._versions]
 
     def outcomes(self) -> dict[str, dict[str, int]]:

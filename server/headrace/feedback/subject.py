@@ -93,37 +93,50 @@ def _misfit(spec: TensorSpec, wanted: str, expected: str) -> str:
 def predictions(subject: Subject, classes: ClassNames, rows: Array) -> tuple[list[float], list[float]]:
     """(values, confidences) of an output's rows, [rows, elements]. A confidence is negative where none is known; numbers have none."""
     if subject.kind is Kind.CLASS:
-        return [float(_index(classes, value)) for value in rows[:, 0].tolist()], [-1.0] * len(rows)
+        return [_index(classes, value) for value in rows[:, 0].tolist()], [-1.0] * len(rows)
     if subject.datatype is DataType.BF16:
         rows = (rows.astype(np.uint32) << 16).view(np.float32)
     values = rows.astype(np.float64)
     if subject.kind is Kind.NUMBER:
         return values[:, 0].tolist(), []
     if subject.kind is Kind.CHANCE:
-        chance = values[:, 0]
-        if not ((chance >= 0) & (chance <= 1)).all():
-            chance = 1 / (1 + np.exp(-np.clip(chance, -700, 700)))
-        return (chance >= 0.5).astype(np.float64).tolist(), np.nan_to_num(np.maximum(chance, 1 - chance), nan=-1.0).tolist()
-    return values.argmax(axis=1).astype(np.float64).tolist(), _confidence(values).tolist()
+        return _by_chance(values[:, 0], classes, _tolerance(subject))
+    return values.argmax(axis=1).astype(np.float64).tolist(), _confidence(values, _tolerance(subject)).tolist()
 
 
-def _confidence(scores: Array) -> Array:
+def _tolerance(subject: Subject) -> float:
+    """By which chances may be off: BF16 knows a number to one part in 512."""
+    return 0.02 if subject.datatype is DataType.BF16 else 1e-3
+
+
+def _by_chance(numbers: Array, classes: ClassNames, tolerance: float) -> tuple[list[float], list[float]]:
+    """Of one number a row. One that is no chance says that all of the version's are logits, whatever came with it in a batch."""
+    finite = numbers[np.isfinite(numbers)]
+    classes.are_logits |= bool(((finite < -tolerance) | (finite > 1 + tolerance)).any())
+    chance = 1 / (1 + np.exp(-np.clip(numbers, -700, 700))) if classes.are_logits else np.clip(numbers, 0.0, 1.0)
+    guess = np.where(np.isnan(chance), UNNAMED, chance >= 0.5)
+    return guess.astype(np.float64).tolist(), np.nan_to_num(np.maximum(chance, 1 - chance), nan=-1.0).tolist()
+
+
+def _confidence(scores: Array, tolerance: float) -> Array:
     """The largest chance of each row: as it is where the row adds up to 1, else softmax's. Negative where it is no number."""
     with np.errstate(invalid="ignore", over="ignore"):
         largest = scores.max(axis=1)
-        are_chances = (scores.min(axis=1) >= 0) & (np.abs(scores.sum(axis=1) - 1) < 1e-3)
+        are_chances = (scores.min(axis=1) >= 0) & (np.abs(scores.sum(axis=1) - 1) < tolerance)
         softmax = 1 / np.exp(scores - largest[:, None]).sum(axis=1)
     found = np.where(are_chances, np.minimum(largest, 1.0), softmax)
     return np.where(np.isfinite(found), found, -1.0)
 
 
 class ClassNames:
-    """Owns the classes' names, by index. Those of a model that answers with strings are learnt as they come, up to a bound."""
+    """Owns the classes' names, by index; those of a model that answers with strings are learnt as they come, up to a bound. And whether
+    a model that answers with one number is known to answer with logits."""
 
     def __init__(self, subject: Subject) -> None:
         self._names = list(subject.names)
         self._indexes = {name: index for index, name in reversed(list(enumerate(subject.names)))}
         self._learns = subject.datatype is DataType.BYTES
+        self.are_logits = False
 
     def index(self, name: str) -> int:
         """UNNAMED for a class that is not known and cannot be learnt."""
@@ -142,4 +155,5 @@ def _index(classes: ClassNames, value: object) -> int:
         value = value.decode(errors="replace")
     if isinstance(value, str):
         return classes.index(value)
-    return int(value)  # type: ignore[call-overload,no-any-return]  # an integer or a boolean of the array
+    index = int(value)  # type: ignore[call-overload]  # an integer or a boolean of the array
+    return index if index < 2**63 else UNNAMED

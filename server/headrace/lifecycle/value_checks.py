@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from headrace.batching.assemble import as_array
 from headrace.config import TensorConfig
-from headrace.drift.extraction import as_numbers, as_text
+from headrace.drift.extraction import as_numbers, as_text, to_bf16
 from headrace.drift.features import Extract, Side
 from headrace.drift.reference import Reference
 from headrace.errors import ConfigError, InvalidRequest, LoadError
@@ -28,6 +28,8 @@ Count = Callable[[str, str, str, int], None]
 
 NOT_FINITE, BELOW, ABOVE, NOT_ALLOWED = "not_finite", "below", "above", "not_allowed"
 COUNTED, REFUSED = "counted", "refused"
+MOST_TEXT = 100
+"""Characters of a value that an error quotes."""
 
 
 class ValueChecks:
@@ -70,6 +72,7 @@ class _Check:
     high: Array
     allowed: frozenset[str]
     columns: tuple[str, ...]
+    is_batching: bool
 
     @property
     def problems(self) -> Iterator[str]:
@@ -99,27 +102,33 @@ class _Check:
         # NaN is neither below nor above: `finite` is what tells of it.
         for problem, places in ((BELOW, rows < self.low), (ABOVE, rows > self.high)):
             if places.any():
-                yield problem, places.reshape(array.shape)
+                yield problem, np.asarray(places).reshape(array.shape)
 
     def describe(self, problem: str, array: Array, places: NDArray[np.bool_]) -> str:
         """Of the first place."""
-        place = np.unravel_index(int(places.argmax()), places.shape) if places.ndim else ()
-        row, inside = (place[0], place[1:]) if place else (0, ())
-        element = int(np.ravel_multi_index(inside, places.shape[1:])) if inside else 0
-        name = f", '{self.columns[element]}'" if self.columns else f", element {element}" if places.size > len(places) else ""
-        value = (as_numbers(array, is_bf16=True) if self.spec.datatype is DataType.BF16 else array)[place]
-        return f", row {row}{name}: expected {self._expected(problem, element)}, got {as_text(value)}"
+        place = int(places.argmax())
+        size = places.size // max(len(places), 1) if self.is_batching else places.size
+        row, element = divmod(place, max(size, 1))
+        where = f", row {row}" if self.is_batching else ""
+        where += f", '{self.columns[element]}'" if self.columns else f", element {element}" if size > 1 else ""
+        value = (as_numbers(array, is_bf16=True) if self.spec.datatype is DataType.BF16 else array).ravel()[place]
+        return f"{where}: expected {self._expected(problem, element)}, got {_short(as_text(value))}"
 
     def _expected(self, problem: str, element: int) -> str:
         if problem == NOT_FINITE:
             return "finite numbers"
         if problem == NOT_ALLOWED:
             some = sorted(self.allowed)
-            return f"one of {', '.join(some[:10])}{', ...' if len(some) > 10 else ''}"
+            return f"one of {', '.join(map(_short, some[:10]))}{', ...' if len(some) > 10 else ''}"
         low, high = (float(limit[element] if limit.ndim else limit) for limit in (self.low, self.high))
         if high == np.inf:
-            return f"at least {low:g}"
-        return f"{low:g} to {high:g}" if low > -np.inf else f"at most {high:g}"
+            return f"at least {low:.9g}"
+        return f"{low:.9g} to {high:.9g}" if low > -np.inf else f"at most {high:.9g}"
+
+
+def _short(text: str) -> str:
+    """What a client sends can be of any length."""
+    return text if len(text) <= MOST_TEXT else text[:MOST_TEXT] + "..."
 
 
 def make_checks(effective: EffectiveModel, reference: Reference | None, count: Count) -> ValueChecks | None:
@@ -129,7 +138,7 @@ def make_checks(effective: EffectiveModel, reference: Reference | None, count: C
     for index, spec in enumerate(effective.signature.inputs):
         setting = settings.get(spec.name)
         if setting is not None and _says_something(setting):
-            _check_settings(spec, setting)
+            _check_settings(spec, setting, effective.signature)
             checks.append(_make(index, spec, setting, effective.signature, reference))
     return ValueChecks(effective.config.name, checks, count) if checks else None
 
@@ -139,7 +148,11 @@ def _says_something(setting: TensorConfig) -> bool:
     return limits != (None, None) or setting.finite or bool(setting.categories) or setting.limits != "none"
 
 
-def _check_settings(spec: TensorSpec, setting: TensorConfig) -> None:
+def _check_settings(spec: TensorSpec, setting: TensorConfig, signature: Signature) -> None:
+    tail = spec.shape[1:] if signature.is_batching else spec.shape
+    size = -1 if -1 in tail else int(np.prod(tail))
+    if setting.columns and len(setting.columns) != size:
+        raise ConfigError(f"input '{spec.name}': columns: expected {max(size, 0)} names, got {len(setting.columns)}")
     has_numbers = spec.datatype not in (DataType.BYTES, DataType.BOOL)
     is_whole = spec.datatype.dtype.kind in "iu" and spec.datatype is not DataType.BF16
     given: Mapping[str, tuple[bool, bool, str]] = {
@@ -157,19 +170,29 @@ def _check_settings(spec: TensorSpec, setting: TensorConfig) -> None:
 
 
 def _make(index: int, spec: TensorSpec, setting: TensorConfig, signature: Signature, reference: Reference | None) -> _Check:
-    low: Array = np.array(-np.inf if setting.minimum is None else setting.minimum)
-    high: Array = np.array(np.inf if setting.maximum is None else setting.maximum)
+    low = _as_held(-np.inf if setting.minimum is None else setting.minimum, spec.datatype)
+    high = _as_held(np.inf if setting.maximum is None else setting.maximum, spec.datatype)
     if setting.limits == "reference":
         low, high = _seen(spec, low, high, signature, reference)
     action = REFUSED if setting.on_invalid == "refuse" else COUNTED
     columns = setting.columns
-    return _Check(index, spec, action, setting.finite, low, high, frozenset(setting.categories), columns)
+    return _Check(index, spec, action, setting.finite, low, high, frozenset(setting.categories), columns, signature.is_batching)
+
+
+def _as_held(limit: float, datatype: DataType) -> Array:
+    """As the tensor's type holds it: 0.1 as a client that has 0.1 sends it."""
+    if datatype is DataType.BF16:
+        return np.asarray(as_numbers(to_bf16(np.array([limit], np.float32)), is_bf16=True)[0], np.float64)
+    return np.array(limit, datatype.dtype).astype(np.float64) if datatype.dtype.kind == "f" else np.array(limit)
 
 
 def _seen(spec: TensorSpec, low: Array, high: Array, signature: Signature, reference: Reference | None) -> tuple[Array, Array]:
     """The range that the reference has seen of each element that it watches by itself, within what is set anyway."""
     if reference is None:
-        raise LoadError(f"input '{spec.name}': limits 'reference': expected drift.msgpack beside the model's file, found none")
+        raise LoadError(
+            f"input '{spec.name}': limits 'reference': expected drift.msgpack beside the model's file, and [drift] reference 'auto' or "
+            "'file', by which it is read"
+        )
     watched = [
         each
         for each in reference.features
@@ -177,7 +200,7 @@ def _seen(spec: TensorSpec, low: Array, high: Array, signature: Signature, refer
     ]
     tail = spec.shape[1:] if signature.is_batching else spec.shape
     if not watched or -1 in tail:
-        raise LoadError(f"input '{spec.name}': limits 'reference': expected columns of it in drift.msgpack, which watches none by itself")
+        raise LoadError(f"input '{spec.name}': limits 'reference': expected columns of it as numbers in drift.msgpack, which has none")
     size = int(np.prod(tail))
     lows, highs = np.full(size, low), np.full(size, high)
     for each in watched:

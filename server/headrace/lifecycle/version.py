@@ -176,6 +176,10 @@ class ModelVersion:
                 batcher.count_failure(FailureReason.OTHER)
                 refused.append((request, reply, error.with_traceback(None)))
                 continue
+            except Exception as error:  # a fault of ours, which is not to fail those that came together with it
+                batcher.count_failure(FailureReason.OTHER)
+                refused.append((request, reply, error))
+                continue
             reply.ticket = ticket
             reply.cancel = cancel
             tickets.append(ticket)

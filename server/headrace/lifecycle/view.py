@@ -18,7 +18,7 @@ from headrace.signature import Signature
 from headrace.telemetry.counters import VersionCounters
 
 Call = tuple[InferRequest, Reply]
-Refused = tuple[InferRequest, Reply, HeadraceError]
+Refused = tuple[InferRequest, Reply, Exception]
 
 
 class Submits(Protocol):

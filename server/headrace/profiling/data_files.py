@@ -10,6 +10,7 @@ import csv
 import hashlib
 import itertools
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ def _read_arrays(path: Path, rows: int) -> Iterator[tuple[Chunk, float]]:
             # Never pickled: data is not to be code.
             loaded = np.load(file, allow_pickle=False)
             arrays = {ONLY: loaded} if isinstance(loaded, np.ndarray) else {name: loaded[name] for name in loaded.files}
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ConfigError(f"{path}: expected arrays of numbers or text as numpy writes them, got: {error}") from None
     counts = {name: len(array) if array.ndim else 0 for name, array in arrays.items()}
     total = max(counts.values(), default=0)
@@ -72,7 +73,7 @@ def _read_csv(path: Path, rows: int) -> Iterator[tuple[Chunk, float]]:
     with path.open("rb") as raw:
         lines = (_decode(line, path, number) for number, line in enumerate(raw, start=1))
         reader = csv.reader(lines, strict=True)
-        names = [name.strip() for name in next(reader, [])]
+        names = _read_names(reader, path)
         if not names or len(set(names)) < len(names):
             raise ConfigError(f"{path}: expected a first line with the columns' names, each once, got {names or 'nothing'}")
         try:
@@ -81,6 +82,13 @@ def _read_csv(path: Path, rows: int) -> Iterator[tuple[Chunk, float]]:
                 yield {name: np.array(column, object) for name, column in zip(names, columns, strict=True)}, raw.tell() / size
         except csv.Error as error:
             raise ConfigError(f"{path}: line {reader.line_num}: expected comma-separated values: {error}") from None
+
+
+def _read_names(reader: Any, path: Path) -> list[str]:
+    try:
+        return [name.strip() for name in next(reader, [])]
+    except csv.Error as error:
+        raise ConfigError(f"{path}: line 1: expected comma-separated values: {error}") from None
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:
@@ -108,6 +116,9 @@ def _read_parquet(path: Path, rows: int) -> Iterator[tuple[Chunk, float]]:
     try:
         with parquet.ParquetFile(path) as file:
             total, done = max(file.metadata.num_rows, 1), 0
+            twice = [name for name in file.schema_arrow.names if file.schema_arrow.names.count(name) > 1]
+            if twice:
+                raise ConfigError(f"{path}: expected each column once, got '{twice[0]}' twice")
             for batch in file.iter_batches(rows):
                 done += batch.num_rows
                 yield {name: _as_array(batch.column(name), f"{path}: column '{name}'") for name in batch.schema.names}, done / total

@@ -56,6 +56,8 @@ def profile(
             outputs = run(backend, effective, inputs, rows)
             truth = _truth(subject, chunk, builder.rows)
             builder.add(_floats(effective, inputs), _floats(effective, outputs), rows, truth)
+            if truth is not None:
+                _check_classes(subject, builder, outputs, truth)
             tell(builder.rows)
     if not builder.rows:
         raise ConfigError("expected data, got no row")
@@ -109,6 +111,16 @@ def _floats(effective: EffectiveModel, arrays: Mapping[str, Array]) -> dict[str,
     specs = (*effective.signature.inputs, *effective.signature.outputs)
     bf16 = {spec.name for spec in specs if spec.datatype is DataType.BF16}
     return {name: as_numbers(array, is_bf16=True) if name in bf16 else array for name, array in arrays.items()}
+
+
+def _check_classes(subject: Subject, builder: ReferenceBuilder, outputs: Mapping[str, Array], truth: Array) -> None:
+    """Classes that are counted from 1 would make every answer wrong."""
+    scored = builder.scored
+    if scored is None or scored[0].tensor not in outputs:
+        return
+    classes = outputs[scored[0].tensor].shape[-1]
+    if len(truth) and truth.max() >= classes:
+        raise ConfigError(f"label '{subject.label}': expected a class from 0 to {classes - 1}, got {truth.max()}")
 
 
 def _truth(subject: Subject, chunk: Chunk, first: int) -> Array | None:

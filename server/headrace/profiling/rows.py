@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.config import ModelConfig
+from headrace.drift.extraction import to_bf16
 from headrace.errors import ConfigError
 from headrace.signature import DataType, Signature, TensorSpec, format_shape
 
@@ -42,7 +43,8 @@ def to_inputs(chunk: Chunk, signature: Signature, config: ModelConfig, label: st
         if len(rest) == 1 or len(rest) == math.prod(tail) > 0:
             found[spec.name] = _fit(list(rest.values()), list(rest), spec, tail, first)
             missing = []
-    if missing:
+    if missing or not found:
+        missing = missing or list(signature.inputs)
         raise ConfigError(_not_found(missing[0], signature, columns_of.get(missing[0].name, ()), rest))
     return found
 
@@ -86,16 +88,19 @@ def _convert(array: Array, datatype: DataType, name: str, first: int) -> Array:
         return _to_bytes(array)
     if datatype is DataType.BOOL:
         return _to_bool(array, name, first)
+    if array.dtype.kind not in "OSUbiuf":
+        raise ConfigError(f"'{name}': expected numbers or text, got {array.dtype}")
     if array.dtype.kind in "OSU":
-        array = _to_numbers(array, name, first)
+        array = _to_numbers(array, name, first, is_whole=datatype.dtype.kind in "iu" and datatype is not DataType.BF16)
     if datatype.dtype.kind == "f" or datatype is DataType.BF16:
         values = array.astype(np.float32 if datatype is DataType.BF16 else datatype.dtype)
-        return _to_bf16(values) if datatype is DataType.BF16 else values
+        return to_bf16(values) if datatype is DataType.BF16 else values
     limits = np.iinfo(str(datatype.dtype))
     # Compared as they are: an unsigned 64-bit number is not to become a float first.
     is_whole = np.isfinite(array) & (np.floor(array) == array) if array.dtype.kind == "f" else np.ones(array.shape, bool)
     with np.errstate(invalid="ignore"):
-        fits = is_whole & (array >= limits.min) & (array <= limits.max)
+        # As a float the largest is one more, which it does not hold.
+        fits = is_whole & (array >= limits.min) & (array < float(limits.max) + 1 if array.dtype.kind == "f" else array <= limits.max)
     if not fits.all():
         row = int(np.argwhere(~fits)[0][0])
         raise ConfigError(
@@ -104,14 +109,21 @@ def _convert(array: Array, datatype: DataType, name: str, first: int) -> Array:
     return array.astype(datatype.dtype)
 
 
-def _to_numbers(array: Array, name: str, first: int) -> Array:
-    """Text as float64, empty as NaN."""
+def _to_numbers(array: Array, name: str, first: int, *, is_whole: bool) -> Array:
+    """Text as float64, empty as NaN; as integers where all are, which float64 would round beyond 2**53."""
     flat = array.ravel()
+    if is_whole:
+        try:
+            whole = [int(cell) for cell in flat]
+            return np.array(whole, np.int64 if min(whole, default=0) < 0 else np.uint64).reshape(array.shape)
+        except (TypeError, ValueError, OverflowError):
+            pass
     try:
         values = np.array([float(cell) if cell not in ("", b"") else np.nan for cell in flat])
     except (TypeError, ValueError):
-        row = next(row for row, cell in enumerate(flat) if not _is_number(cell))
-        raise ConfigError(f"'{name}', row {first + row}: expected a number, got {flat[row]!r}") from None
+        place = next(place for place, cell in enumerate(flat) if not _is_number(cell))
+        row = place // max(flat.size // len(array), 1)
+        raise ConfigError(f"'{name}', row {first + row}: expected a number, got {flat[place]!r}") from None
     return values.reshape(array.shape)
 
 
@@ -135,15 +147,9 @@ def _to_bool(array: Array, name: str, first: int) -> Array:
     texts = [str(cell).strip().lower().removesuffix(".0") for cell in array.ravel().tolist()]
     wrong = next((row for row, text in enumerate(texts) if text not in _TRUE | _FALSE), None)
     if wrong is not None:
-        raise ConfigError(f"'{name}', row {first + wrong}: expected true or false, got {texts[wrong]!r}")
+        row = wrong // max(len(texts) // len(array), 1)
+        raise ConfigError(f"'{name}', row {first + row}: expected true or false, got {texts[wrong]!r}")
     return np.array([text in _TRUE for text in texts]).reshape(array.shape)
-
-
-def _to_bf16(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The nearest patterns, of two equally near ones the even; NaN stays NaN."""
-    bits = values.view(np.uint32)
-    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
 
 
 def to_classes(array: Array, labels: Sequence[str], name: str, first: int = 0) -> NDArray[np.int64]:
@@ -157,7 +163,7 @@ def to_classes(array: Array, labels: Sequence[str], name: str, first: int = 0) -
         text = cell.decode("utf-8", "replace") if isinstance(cell, bytes) else str(cell).strip()
         number = numbers.get(text)
         if number is None:
-            number = int(float(text)) if _is_number(text) and text and float(text).is_integer() and float(text) >= 0 else -1
+            number = int(float(text)) if _is_number(text) and text and float(text).is_integer() and 0 <= float(text) < 2**53 else -1
         if number < 0:
             expected = f"a class's number or its name ({', '.join(labels[:3])}, ...)" if labels else "a class's number"
             raise ConfigError(f"label '{name}', row {first + row}: expected {expected}, got {text!r}")

@@ -158,6 +158,8 @@ def _add(tally: _Tally, old: Array, new: Array, tolerance: Tolerance) -> None:
     else:
         a, b = old.astype(np.float64), new.astype(np.float64)
         same, absolute, relative = _distances(a, b)
+        if not is_float:
+            same = old == new  # beyond 2**53 different integers become the same float
         _measure(tally, absolute, relative)
         near = np.isfinite(absolute) & (absolute <= tolerance.atol + tolerance.rtol * np.abs(a))
         within = same | near if is_float else same

@@ -6,6 +6,7 @@ from google.protobuf.message import DecodeError
 
 from headrace.capture.records import Captured, CapturedTensor
 from headrace.errors import InvalidRequest
+from headrace.signature import DataType
 from headrace.wire.messages import ModelInferRequest, ModelInferResponse
 
 
@@ -35,6 +36,9 @@ def decode_answer(message: bytes) -> dict[str, CapturedTensor]:
         raise InvalidRequest(
             f"expected raw contents for {len(response.outputs)} outputs, got {len(response.raw_output_contents)} (typed ones are not read)"
         )
+    unknown = next((tensor for tensor in response.outputs if tensor.datatype not in DataType.__members__), None)
+    if unknown is not None:
+        raise InvalidRequest(f"output '{unknown.name}': unknown datatype '{unknown.datatype}'")
     return {
         tensor.name: CapturedTensor(tensor.name, tensor.datatype, tuple(tensor.shape), raw)
         for tensor, raw in zip(response.outputs, response.raw_output_contents, strict=True)

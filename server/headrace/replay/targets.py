@@ -76,8 +76,7 @@ def replay(requests: Iterable[Captured], target: Target, tolerance: Tolerance) -
             continue
         try:
             answer, seconds = target.ask(captured)
+            comparison.add(captured, answer, seconds)
         except HeadraceError as error:
             comparison.fail(str(error))
-            continue
-        comparison.add(captured, answer, seconds)
     return comparison.report()

@@ -20,7 +20,7 @@ def status_details(error: HeadraceError) -> str:
 
     Texts quote names that came from clients and file systems, so they can hold anything, at any length.
     """
-    text = str(error)
+    text = str(error)[: MAX_DETAILS_BYTES + 1]
     if len(text) < MAX_DETAILS_BYTES // 4 and text.isprintable():
         return text
     encoded = "".join([c if c.isprintable() else " " for c in text]).encode()

@@ -155,7 +155,8 @@ class OtelExporter(SpanExporter):
         if trace.parent_id:
             caller = _span_context(trace.trace_id, trace.parent_id, trace.state, is_remote=True)
             parent = set_span_in_context(NonRecordingSpan(caller), parent)
-        self._ids.trace_id, self._ids.span_id = trace.trace_id, trace.span_id
+        # A span with a parent has its trace from there, and what was given would be the next batch's.
+        self._ids.trace_id, self._ids.span_id = 0 if trace.parent_id else trace.trace_id, trace.span_id
         span = self._tracer.start_span(
             METHOD,
             context=parent,

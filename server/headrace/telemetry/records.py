@@ -19,6 +19,9 @@ from headrace.telemetry.tracing import Owner, TracedRequest, Tracing
 
 Metadata = Sequence[tuple[str, str | bytes]]
 
+_MOST = 1000
+"""Characters that are kept of what comes from clients: many entries wait at a time."""
+
 
 class RequestRecords:
     """One server's. Owns nothing; any thread."""
@@ -46,7 +49,7 @@ class RequestRecords:
             trace = self._begin(str(parent), join_tracestate([str(value) for name, value in metadata if name == "tracestate"]))
         if trace is None and self._access_log is None:
             return None
-        return Caller(peer, str(headers.get("user-agent", "")), trace)
+        return Caller(peer, str(headers.get("user-agent", ""))[:_MOST], trace)
 
     def _begin(self, parent: str, state: str) -> TraceContext | None:
         if self._tracing is not None:
@@ -57,11 +60,11 @@ class RequestRecords:
 
     def refused(self, request: InferRequest | None, reply: Reply, error: HeadraceError, arrived: float) -> None:
         """It was no version's yet; `request` is None where it could not be decoded. Never blocks and never raises."""
-        id, model, version = (request.id, request.model, request.version) if request is not None else ("", "", "")
+        id, model, version = (request.id[:_MOST], request.model[:_MOST], request.version) if request is not None else ("", "", "")
         caller = reply.caller
         if self._access_log is not None:
             self._access_log.record(
-                Entry(id, model, 0, error.code.value, 0, 0, 0, 0.0, 0.0, time.monotonic() - arrived, caller, str(error))
+                Entry(id, model, 0, error.code.value, 0, 0, 0, 0.0, 0.0, time.monotonic() - arrived, caller, str(error)[:_MOST])
             )  # fmt: skip
         if self._tracing is not None and caller is not None and caller.trace is not None and caller.trace.is_sampled:
             traced = TracedRequest(caller.trace, id, 0, arrived, 0.0, caller.peer, caller.user_agent, error.code.value)
@@ -105,8 +108,8 @@ class VersionRecords:
     def _log(
         self, to: AccessLog, ticket: Ticket, answer: Answer, batch: int, batch_rows: int, queue: float, compute: float, now: float
     ) -> None:
-        code, error = (answer.code.value, str(answer)) if isinstance(answer, HeadraceError) else ("OK", "")
+        code, error = (answer.code.value, str(answer)[:_MOST]) if isinstance(answer, HeadraceError) else ("OK", "")
         total, caller = now - ticket.arrived, ticket.reply.caller
         to.record(
-            Entry(ticket.id, self._model, self._version, code, ticket.rows, batch, batch_rows, queue, compute, total, caller, error)
+            Entry(ticket.id[:_MOST], self._model, self._version, code, ticket.rows, batch, batch_rows, queue, compute, total, caller, error)
         )  # fmt: skip

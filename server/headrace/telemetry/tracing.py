@@ -282,7 +282,7 @@ def _traced(ticket: Ticket, answer: Answer) -> TracedRequest | None:
     if caller is None or caller.trace is None or not caller.trace.is_sampled:
         return None
     code = answer.code.value if isinstance(answer, HeadraceError) else "OK"
-    return TracedRequest(caller.trace, ticket.id, ticket.rows, ticket.arrived, ticket.enqueued, caller.peer, caller.user_agent, code)
+    return TracedRequest(caller.trace, ticket.id[:1000], ticket.rows, ticket.arrived, ticket.enqueued, caller.peer, caller.user_agent, code)
 
 
 def _observe(ended: Ended) -> None:

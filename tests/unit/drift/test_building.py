@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from headrace.config import ModelConfig, TensorConfig
 from headrace.drift import building
-from headrace.drift.building import ReferenceBuilder, cut
+from headrace.drift.building import ReferenceBuilder, cut, from_counts
+from headrace.drift.counting import BatchCounter, Layout
 from headrace.drift.plan import choose
 from headrace.signature import DataType, Signature, TensorSpec
 
@@ -67,3 +68,24 @@ def test_ranges_have_as_many_rows_each_and_a_heavy_value_has_its_own() -> None:
     counts = np.bincount(np.searchsorted(edges, values, side="left"))
     assert counts[0] == 5000
     assert counts[1:].max() - counts[1:].min() < 600
+
+
+def test_ids_beyond_what_floats_tell_apart_are_numbers_and_do_not_drift() -> None:
+    signature = Signature("m", (TensorSpec("id", DataType.INT64, (-1,)),), (), max_batch_size=8)
+    made = ReferenceBuilder("m", choose(signature, ModelConfig("m")), bins=10)
+    ids = {"id": 2**60 + 1 + np.random.default_rng(0).integers(0, 10, 2000) * 2**50}
+    made.add(ids, {}, 2000)
+    reference = made.build("learnt")
+    assert reference.features[0].is_numeric
+    counts = BatchCounter(reference).count(ids, {}, 2000)
+    assert Layout(reference).bins(counts, 0).tolist() == list(reference.features[0].counts)
+
+
+def test_a_deviation_far_from_0_is_not_lost_in_sums() -> None:
+    signature = Signature("m", (TensorSpec("at", DataType.FP64, (-1,)),), (), max_batch_size=8)
+    made = ReferenceBuilder("m", choose(signature, ModelConfig("m")), bins=10)
+    times = {"at": 1.7e9 + np.random.default_rng(0).normal(0, 10, 2000)}
+    made.add(times, {}, 2000)
+    reference = made.build("learnt")
+    after = from_counts(reference, BatchCounter(reference).count(times, {}, 2000), "version 1")
+    assert after.features[0].deviation == pytest.approx(10, rel=0.1)

@@ -5,7 +5,8 @@ import mmap
 import numpy as np
 import pytest
 from headrace.batching.assemble import as_array
-from headrace.drift.joining import is_borrowed
+from headrace.drift.features import Side
+from headrace.drift.joining import Kept, is_borrowed, join
 from headrace.requests import InputTensor
 from headrace.signature import DataType, TensorSpec
 
@@ -29,3 +30,9 @@ def test_what_lies_in_shared_memory_is_its_clients() -> None:
         assert is_borrowed(array[:1])
         assert not is_borrowed(array.copy())
         del array
+
+
+def test_requests_of_a_model_without_rows_are_joined_only_where_they_are_of_one_shape() -> None:
+    kept = [Kept(((),), 1, {"x": np.zeros(size, np.float32)}, ["y"], [np.zeros(1, np.float32)]) for size in (3, 5, 3)]
+    found = join(kept, frozenset({(Side.INPUT, "x"), (Side.OUTPUT, "y")}), has_rows=False)
+    assert sorted((inputs["x"].shape, rows) for inputs, _, rows in found) == [((1, 5), 1), ((2, 3), 2)]

@@ -73,9 +73,18 @@ def test_what_has_gathered_is_bounded_and_none_of_it_is_lost(feedbacks: Feedback
     assert feedbacks.join("m", 0, [Labelled(str(number), classes=[1]) for number in range(100)]).outcomes["matched"] == 100
 
 
-def test_a_batch_that_cannot_be_read_ends_feedback_and_no_request(feedbacks: Feedbacks) -> None:
+def test_an_answer_without_elements_has_no_label_and_the_next_ones_have(feedbacks: Feedbacks) -> None:
     version = attach(feedbacks)
     version.look(ran(np.zeros((1, 0)), ["a"]))
+    version.look(ran(SECOND, ["b"]))
+    joined = feedbacks.join("m", 0, [Labelled(id, classes=[1]) for id in "ab"])
+    assert (joined.outcomes["unknown"], joined.outcomes["matched"]) == (1, 1)
+    assert version.report().unidentified == 1
+
+
+def test_a_batch_that_cannot_be_read_ends_feedback_and_no_request(feedbacks: Feedbacks) -> None:
+    version = attach(feedbacks)
+    version.look(ran(SECOND, ["a"])._replace(arrays=[np.zeros(())]))
     version.look(ran(SECOND, ["b"]))
     assert feedbacks.join("m", 0, [Labelled("a", classes=[1])]).outcomes["unknown"] == 1
     version.look(ran(SECOND, ["c"]))

@@ -80,6 +80,25 @@ def test_one_number_can_be_the_chance_of_class_one() -> None:
     assert confidences == pytest.approx([1 / (1 + np.exp(-3)), 1 / (1 + np.exp(-1))])
 
 
+def test_what_comes_with_a_chance_does_not_make_it_a_logit() -> None:
+    subject = chosen(NUMBER, kind="classification")
+    values, confidences = found(subject, np.array([[0.3], [np.nan], [1.0000001]], np.float32))
+    assert values == [0, UNNAMED, 1]
+    assert confidences == pytest.approx([0.7, -1.0, 1.0])
+
+
+def test_one_logit_says_that_all_of_a_version_are() -> None:
+    subject = chosen(NUMBER, kind="classification")
+    classes = ClassNames(subject)
+    predictions(subject, classes, np.array([[5.0]], np.float32))
+    assert predictions(subject, classes, np.array([[0.3]], np.float32))[0] == [1]
+
+
+def test_classes_beyond_what_a_message_holds_have_no_name() -> None:
+    subject = chosen(TensorSpec("label", DataType.UINT64, (-1,)))
+    assert found(subject, np.array([[2**53 + 1], [2**64 - 1]], np.uint64))[0] == [2**53 + 1, UNNAMED]
+
+
 def test_classes_as_integers_and_strings_have_no_confidence() -> None:
     assert found(chosen(LABEL), np.array([[3], [1]])) == ([3, 1], [-1, -1])
     subject = chosen(TEXT)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from headrace.errors import ConfigError, InvalidRequest, LoadError
 from headrace.lifecycle.effective import EffectiveModel, resolve
 from headrace.lifecycle.value_checks import make_checks
 from headrace.requests import InputTensor
-from headrace.signature import DataType, TensorSpec
+from headrace.signature import DataType, Signature, TensorSpec
 
 FLOATS, WORDS, NUMBERS = (
     TensorSpec("x", DataType.FP32, (-1, 2)),
@@ -127,3 +128,38 @@ def test_limits_can_be_what_the_reference_has_seen_of_each_element() -> None:
 def test_settings_that_a_type_cannot_have_are_said_at_load(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         make_checks(effective(TensorConfig(**settings)), None, lambda *_: None)
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.7])
+def test_the_limit_itself_is_allowed_as_the_tensors_type_holds_it(limit: float) -> None:
+    values = [[np.float32(limit)] * 2]
+    assert set(look(values, name="x", minimum=limit, maximum=limit, on_invalid="refuse").values()) == {0}
+
+
+def test_of_a_model_without_rows_the_element_is_named() -> None:
+    spec = TensorSpec("x", DataType.FP32, (4,))
+    scalar = TensorSpec("s", DataType.FP32, ())
+    settings = (
+        TensorConfig("x", minimum=0, columns=("a", "b", "c", "d"), on_invalid="refuse"),
+        TensorConfig("s", maximum=1, on_invalid="refuse"),
+    )
+    signature = Signature("m", (spec, scalar), (TensorSpec("y", DataType.FP32, (1,)),), 0)
+    model = replace(effective(), config=ModelConfig("m", inputs=settings), signature=signature)
+    checks = make_checks(model, None, lambda *_: None)
+    assert checks is not None
+    good = InputTensor("x", "FP32", (4,), np.zeros(4, np.float32).tobytes())
+    with pytest.raises(InvalidRequest, match="for model 'm', 'd': expected at least 0, got -1"):
+        checks.look_at([InputTensor("x", "FP32", (4,), np.array([0, 0, 0, -1], np.float32).tobytes()), None], "")
+    with pytest.raises(InvalidRequest, match="for model 'm': expected at most 1, got 2"):
+        checks.look_at([good, InputTensor("s", "FP32", (), np.float32(2).tobytes())], "")
+
+
+def test_names_of_columns_are_as_many_as_there_are_columns() -> None:
+    with pytest.raises(ConfigError, match="columns: expected 2 names, got 1"):
+        make_checks(effective(TensorConfig("x", minimum=0, columns=("a",))), None, lambda *_: None)
+
+
+def test_a_long_value_is_quoted_in_part() -> None:
+    with pytest.raises(InvalidRequest) as error:
+        look([b"x" * 1_000_000], name="w", categories=("a",), on_invalid="refuse")
+    assert len(str(error.value)) < 400

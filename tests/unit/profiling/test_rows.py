@@ -92,3 +92,21 @@ def test_classes_are_numbers_or_names() -> None:
     assert to_classes(np.array(["cat", "1", "2.0"], object), ("cat", "dog"), "y").tolist() == [0, 1, 2]
     with pytest.raises(ConfigError, match=r"label 'y', row 1: expected a class's number or its name \(cat, dog, ...\), got 'bird'"):
         to_classes(np.array(["cat", "bird"], object), ("cat", "dog"), "y")
+
+
+def test_large_integers_are_read_as_they_are_and_too_large_ones_refused() -> None:
+    texts = np.array([str(2**53 + 1), str(2**63 - 1), "-1"], object)
+    assert inputs({"x": texts}, ("x", DataType.INT64, (-1,)))["x"].tolist() == [2**53 + 1, 2**63 - 1, -1]
+    for value in (np.array([str(2**63)], object), np.array([2.0**63])):
+        with pytest.raises(ConfigError, match="'x', row 0: expected INT64, got 9"):
+            inputs({"x": value}, ("x", DataType.INT64, (-1,)))
+
+
+def test_a_bad_cell_is_named_by_its_row_also_in_a_table() -> None:
+    with pytest.raises(ConfigError, match="'x', row 1: expected a number, got 'b'"):
+        inputs({"x": np.array([["1", "2"], ["3", "b"]], object)}, PAIR)
+
+
+def test_moments_are_no_numbers() -> None:
+    with pytest.raises(ConfigError, match="expected numbers or text, got datetime64"):
+        inputs({"x": np.array(["2026-01-01"], "datetime64[s]")}, ("x", DataType.INT64, (-1,)))

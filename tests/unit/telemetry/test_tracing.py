@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import io
+import json
 import random
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from headrace.errors import QueueTimeout
@@ -11,9 +13,10 @@ from headrace.requests import Caller, Reply, Ticket
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.counters import DURATION_EDGES, BatchTimes, Stage
 from headrace.telemetry.exemplars import Exemplars
+from headrace.telemetry.otel import open_exporter
 from headrace.telemetry.records import RequestRecords, VersionRecords
 from headrace.telemetry.trace_context import TraceContext
-from headrace.telemetry.tracing import MAX_TOGETHER, Ended, Sampler, Tracing
+from headrace.telemetry.tracing import MAX_TOGETHER, Ended, Sampler, TracedRequest, Tracing
 from headrace.testing import CollectingOutlet
 
 PARENT = f"00-{'a' * 32}-{'b' * 16}"
@@ -236,3 +239,22 @@ def test_traces_that_were_not_sent_are_no_exemplars() -> None:
     tracing.start()
     tracing.stop()
     assert all(one is None for stage in Stage for one in exemplars.of(stage))
+
+
+def test_a_batch_has_a_trace_of_its_own_also_after_requests_with_parents(tmp_path: Path) -> None:
+    exporter = open_exporter(f"file:{tmp_path / 'spans'}", "s", "1")
+    for number in (1, 2):
+        trace = TraceContext(0xA0 + number, 7, 9)
+        request = TracedRequest(trace, "", 1, 1.0, 1.001, "", "", "OK")
+        exporter.export([Ended([request], "m", "1", 1.002, 1.01, None, number, 1, 1, 0.0, None)])
+    exporter.close()
+    spans = [
+        span
+        for line in (tmp_path / "spans").read_text().splitlines()
+        for group in json.loads(line)["resourceSpans"]
+        for scope in group["scopeSpans"]
+        for span in scope["spans"]
+    ]
+    batches = {span["traceId"] for span in spans if span["name"].startswith("batch")}
+    assert len(batches) == 2
+    assert not batches & {f"{0xA0 + number:032x}" for number in (1, 2)}
