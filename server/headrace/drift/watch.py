@@ -123,6 +123,7 @@ class DriftWatch:
                 self._count_now([kept])
                 self._wake()  # a window may have to end by time alone
             else:
+                self._budget.keep(batch.rows)
                 self._keep(kept)
         except Exception:
             self._give_up()

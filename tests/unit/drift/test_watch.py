@@ -41,9 +41,10 @@ def show(watch: DriftWatch, number: int, began: float) -> int:
     return watch.report().seen_rows - before
 
 
-def test_a_burst_after_a_rest_is_counted_whole_although_the_one_before_it_was_too_dear(watch: DriftWatch) -> None:
+def test_the_first_rows_of_a_burst_are_counted_whole_although_the_one_before_it_was_too_dear(watch: DriftWatch) -> None:
     assert show(watch, 500, began=100.0) == 500 * ROWS
     watch._budget.stride = 400  # as after a burst that cost too much
     watch._countdown = 400
     assert show(watch, 400, began=100.6) < 40 * ROWS
     assert show(watch, 500, began=110.0) == 500 * ROWS
+    assert 500 * ROWS < show(watch, 1000, began=120.0) < 600 * ROWS  # and of what is beyond them a part
