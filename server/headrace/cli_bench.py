@@ -12,8 +12,8 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli_local import LocalModel, add_repository, open_model
-from headrace.errors import ConfigError, HeadraceError
+from headrace.cli_local import LocalModel, add_repository, exit_code, open_model
+from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.backends.base import BackendRegistry
@@ -65,24 +65,16 @@ def run(options: argparse.Namespace) -> int:
     from headrace.cli import check_runtime
     from headrace.plugins import load_backends
 
-    check_runtime()
-    try:
+    def work() -> int:
         local = asyncio.run(open_model(options.model, options.models))
         try:
             # Not on an event loop, which would keep a Ctrl-C to itself until the model is measured.
             return _bench(options, load_backends(), local, _to_write(local) if options.write else None)
         finally:
             local.fetched.release()
-    except ConfigError:
-        raise
-    except HeadraceError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.strerror}: {error.filename}"
-    except KeyboardInterrupt:
-        reason = "interrupted, nothing was written"
-    print(f"headrace: {options.model}: {reason}", file=sys.stderr)
-    return FAILED
+
+    check_runtime()
+    return exit_code(work, options.model, "interrupted, nothing was written")
 
 
 def _to_write(local: LocalModel) -> Toml:

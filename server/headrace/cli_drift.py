@@ -13,9 +13,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli_local import LocalModel, add_repository, open_model
+from headrace.cli_local import LocalModel, add_repository, exit_code, open_model
 from headrace.cli_models import Output, add_client_flags, call_server
-from headrace.errors import ConfigError, HeadraceError
+from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from headrace.drift.reference import Reference
@@ -82,8 +82,7 @@ def _bins(text: str) -> int:
 def _profile(options: argparse.Namespace) -> int:
     from headrace.cli import check_runtime
 
-    check_runtime()
-    try:
+    def work() -> int:
         local = asyncio.run(open_model(options.model, options.models))
         try:
             target = _target(options.out, local)
@@ -91,19 +90,11 @@ def _profile(options: argparse.Namespace) -> int:
         finally:
             local.fetched.release()
         _write(target, raw)
-    except ConfigError:
-        raise
-    except HeadraceError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.strerror}: {error.filename}"
-    except KeyboardInterrupt:
-        reason = "interrupted, nothing was written"
-    else:
         _say(Output(is_json=options.json), reference, {"written": str(target), "bytes": len(raw)}, f"{target}: {len(raw):,} bytes")
         return DONE
-    print(f"headrace: {options.model}: {reason}", file=sys.stderr)
-    return FAILED
+
+    check_runtime()
+    return exit_code(work, options.model, "interrupted, nothing was written")
 
 
 def _target(out: Path | None, local: LocalModel) -> Path:
@@ -205,16 +196,11 @@ def _write(target: Path, raw: bytes) -> None:
 def _show(options: argparse.Namespace) -> int:
     from headrace.drift.reference_file import decode
 
-    try:
-        reference = decode(options.file.read_bytes())
-    except OSError as error:
-        print(f"headrace: {options.file}: {error.strerror}", file=sys.stderr)
-        return FAILED
-    except HeadraceError as error:
-        print(f"headrace: {options.file}: {error}", file=sys.stderr)
-        return FAILED
-    _say(Output(is_json=options.json), reference, {}, "")
-    return DONE
+    def work() -> int:
+        _say(Output(is_json=options.json), decode(options.file.read_bytes()), {}, "")
+        return DONE
+
+    return exit_code(work)
 
 
 def _say(output: Output, reference: Reference, more: Mapping[str, object], last: str) -> None:

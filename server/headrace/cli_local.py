@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -27,6 +29,25 @@ class LocalModel:
         """Whether its files are the repository's own, and no copy."""
         root = Path(self.uri.removeprefix("file://")).expanduser()
         return self.fetched.model_directory.resolve().is_relative_to(root.resolve())
+
+
+FAILED = 1
+
+
+def exit_code(work: Callable[[], int], subject: str = "", interrupted: str = "interrupted") -> int:
+    """What `work` returns; else FAILED, with one line on standard error. Raises ConfigError, which is wrong use."""
+    try:
+        return work()
+    except ConfigError:
+        raise
+    except HeadraceError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.strerror}: {error.filename}"
+    except KeyboardInterrupt:
+        reason = interrupted
+    print(f"headrace: {subject}: {reason}" if subject else f"headrace: {reason}", file=sys.stderr)
+    return FAILED
 
 
 def add_repository(parser: argparse.ArgumentParser) -> None:

@@ -13,10 +13,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from headrace.cli_local import LocalModel, add_repository, open_model
+from headrace.cli_local import LocalModel, add_repository, exit_code, open_model
 from headrace.cli_models import Output, add_client_flags
 from headrace.config import ModelConfig, check_listener
-from headrace.errors import ConfigError, HeadraceError
+from headrace.errors import ConfigError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,23 +81,14 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError("--url and --models: expected one of them")
     if options.url:
         check_listener("--url", options.url)
-    try:
+
+    def work() -> int:
         contents = list_contents(options.capture)
         for cut in contents.cuts:
             print(f"headrace: {cut}; what is before it is read", file=sys.stderr)
-        if options.warm_up:
-            return _write_warm_up(options, contents)
-        return _replay(options, contents)
-    except ConfigError:
-        raise
-    except HeadraceError as error:
-        reason = str(error)
-    except OSError as error:
-        reason = f"{error.strerror}: {error.filename}"
-    except KeyboardInterrupt:
-        reason = "interrupted"
-    print(f"headrace: {reason}", file=sys.stderr)
-    return FAILED
+        return _write_warm_up(options, contents) if options.warm_up else _replay(options, contents)
+
+    return exit_code(work)
 
 
 # -- which requests ----------------------------------------------------------------------------------------------------

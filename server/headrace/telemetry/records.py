@@ -15,12 +15,9 @@ from headrace.telemetry.access_log import AccessLog, Entry
 from headrace.telemetry.counters import BatchTimes
 from headrace.telemetry.exemplars import Exemplars
 from headrace.telemetry.trace_context import TraceContext, decode_traceparent, join_tracestate
-from headrace.telemetry.tracing import Owner, TracedRequest, Tracing
+from headrace.telemetry.tracing import MOST_TEXT, Owner, TracedRequest, Tracing
 
 Metadata = Sequence[tuple[str, str | bytes]]
-
-_MOST = 1000
-"""Characters that are kept of what comes from clients: many entries wait at a time."""
 
 
 class RequestRecords:
@@ -49,7 +46,7 @@ class RequestRecords:
             trace = self._begin(str(parent), join_tracestate([str(value) for name, value in metadata if name == "tracestate"]))
         if trace is None and self._access_log is None:
             return None
-        return Caller(peer, str(headers.get("user-agent", ""))[:_MOST], trace)
+        return Caller(peer, str(headers.get("user-agent", ""))[:MOST_TEXT], trace)
 
     def _begin(self, parent: str, state: str) -> TraceContext | None:
         if self._tracing is not None:
@@ -60,11 +57,11 @@ class RequestRecords:
 
     def refused(self, request: InferRequest | None, reply: Reply, error: HeadraceError, arrived: float) -> None:
         """It was no version's yet; `request` is None where it could not be decoded. Never blocks and never raises."""
-        id, model, version = (request.id[:_MOST], request.model[:_MOST], request.version) if request is not None else ("", "", "")
+        id, model, version = (request.id[:MOST_TEXT], request.model[:MOST_TEXT], request.version) if request is not None else ("", "", "")
         caller = reply.caller
         if self._access_log is not None:
             self._access_log.record(
-                Entry(id, model, 0, error.code.value, 0, 0, 0, 0.0, 0.0, time.monotonic() - arrived, caller, str(error)[:_MOST])
+                Entry(id, model, 0, error.code.value, 0, 0, 0, 0.0, 0.0, time.monotonic() - arrived, caller, str(error)[:MOST_TEXT])
             )  # fmt: skip
         if self._tracing is not None and caller is not None and caller.trace is not None and caller.trace.is_sampled:
             traced = TracedRequest(caller.trace, id, 0, arrived, 0.0, caller.peer, caller.user_agent, error.code.value)
@@ -108,8 +105,8 @@ class VersionRecords:
     def _log(
         self, to: AccessLog, ticket: Ticket, answer: Answer, batch: int, batch_rows: int, queue: float, compute: float, now: float
     ) -> None:
-        code, error = (answer.code.value, str(answer)[:_MOST]) if isinstance(answer, HeadraceError) else ("OK", "")
-        total, caller = now - ticket.arrived, ticket.reply.caller
+        code, error = (answer.code.value, str(answer)[:MOST_TEXT]) if isinstance(answer, HeadraceError) else ("OK", "")
+        id, total, caller = ticket.id[:MOST_TEXT], now - ticket.arrived, ticket.reply.caller
         to.record(
-            Entry(ticket.id[:_MOST], self._model, self._version, code, ticket.rows, batch, batch_rows, queue, compute, total, caller, error)
+            Entry(id, self._model, self._version, code, ticket.rows, batch, batch_rows, queue, compute, total, caller, error)
         )  # fmt: skip

@@ -25,6 +25,8 @@ from headrace.telemetry.trace_context import SAMPLED, TraceContext, decode_trace
 
 log = get_logger(__name__)
 
+MOST_TEXT = 1000
+"""Characters that are kept of what comes from clients: many requests wait at a time, in the log's line too."""
 MAX_PENDING = 1024
 """Traced requests that wait to be exported, some kilobytes each as spans."""
 MAX_TOGETHER = 128
@@ -282,7 +284,8 @@ def _traced(ticket: Ticket, answer: Answer) -> TracedRequest | None:
     if caller is None or caller.trace is None or not caller.trace.is_sampled:
         return None
     code = answer.code.value if isinstance(answer, HeadraceError) else "OK"
-    return TracedRequest(caller.trace, ticket.id[:1000], ticket.rows, ticket.arrived, ticket.enqueued, caller.peer, caller.user_agent, code)
+    id, agent = ticket.id[:MOST_TEXT], caller.user_agent
+    return TracedRequest(caller.trace, id, ticket.rows, ticket.arrived, ticket.enqueued, caller.peer, agent, code)
 
 
 def _observe(ended: Ended) -> None:
