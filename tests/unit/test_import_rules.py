@@ -14,7 +14,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests", "headrace.telemetry.trace_context"),
     ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
-    ("headrace.config",),
+    ("headrace.config", "headrace.backends.processing"),
     (
         "headrace.config_loading",
         "headrace.wire",

@@ -4,6 +4,9 @@ A Backend class is the adapter of one runtime; an instance of it is one loaded c
 worker thread. `load`, `warm` and `close` are called from that thread. So is `execute`, any number of times, but for tiny models on
 the CPU, which run on whatever thread brings the request; never two calls at once. Nothing here knows of requests, queues or wire
 formats: a backend sees arrays.
+
+A device that works beside its host has a PipelinedBackend: `launch` gives it a batch and returns, so that the next one is gathered and
+uploaded while it computes.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any, ClassVar
 
 from numpy.typing import NDArray
 
+from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.signature import TensorSpec
 
@@ -74,6 +78,11 @@ class Backend(ABC):
         Raises ConfigError when the process has another pool already, or the runtime cannot.
         """
 
+    def adopt(self, processing: Processing) -> bool:
+        """Before `load`: take over what model.toml has done to tensors before and after the model, on the device. The tensors of `execute`
+        are then those that clients see. False: it is not done here, but around this backend, in numpy."""
+        return False
+
     @abstractmethod
     def load(self) -> None:
         """Take the device memory and make `execute` possible."""
@@ -99,6 +108,47 @@ class Backend(ABC):
         """Give everything back. Nothing of the session may survive in a reference, traceback or global."""
 
 
+class Pending(ABC):
+    """A batch that a device has been given. `wait`, then `release`, once each and from one thread, not the one that launched it."""
+
+    @abstractmethod
+    def wait(self) -> list[Array]:
+        """Block until the outputs are in host memory; the thread sleeps and holds no GIL. They may be read until `release`.
+
+        Raises BackendError when the batch failed, DeviceLost when nothing will run on its device any more.
+        """
+
+    @abstractmethod
+    def release(self) -> None:
+        """The outputs have been read, or nobody will: the batch's buffers may take another one."""
+
+
+class PipelinedBackend(Backend):
+    """A backend with `lanes` sets of buffers, and so that many batches between `launch` and `release`. Never more: the caller counts."""
+
+    lanes: ClassVar[int] = 2
+
+    def stage(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Array]:
+        """Host memory of the next lane from which the device copies fastest, an array of exactly that shape and the input's datatype for
+        each of the inputs that it has room for. What the next `launch` is given in them it need not copy first. Worker's thread."""
+        return {}
+
+    @abstractmethod
+    def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
+        """Give the device one batch and return without waiting for it. `inputs` and `outputs` as for `execute`, but that `inputs` may be
+        read until the batch is released. Worker's thread.
+
+        Raises BackendError or DeviceLost; then the lane is free again.
+        """
+
+    def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        pending = self.launch(inputs, outputs)
+        try:
+            return [array.copy() for array in pending.wait()]
+        finally:
+            pending.release()
+
+
 def select_file(directory: Path, filename: str) -> Path:
     """The artifact in a version directory; a directory of that name holds the file of the same name and its external data."""
     path = directory / filename
@@ -108,4 +158,4 @@ def select_file(directory: Path, filename: str) -> Path:
 BackendRegistry = Mapping[str, type[Backend]]
 
 
-__all__ = ["Array", "ArtifactSignature", "Backend", "BackendRegistry", "select_file"]
+__all__ = ["Array", "ArtifactSignature", "Backend", "BackendRegistry", "Pending", "PipelinedBackend", "select_file"]
