@@ -82,6 +82,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.publish",
     ),
     (
+        "headrace.backends.pipeline",
+        "headrace.backends.runner",
         "headrace.backends.worker",
         "headrace.lifecycle.recorded",
         "headrace.lifecycle.drift_subject",

@@ -13,7 +13,8 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
-from headrace.backends.worker import BatchRunner, WarmUp, Worker
+from headrace.backends.runner import BatchRunner
+from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
 from headrace.drift.monitor import DriftMonitors
@@ -353,6 +354,7 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
+            instances=len(self._workers),
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
         self._attached = [each for each in attached if each is not None]
