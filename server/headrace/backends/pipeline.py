@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from headrace.backends.base import PipelinedBackend
 from headrace.backends.runner import BatchRunner, Launched
 from headrace.batching.batcher import Batcher
+from headrace.errors import DeviceLost
 from headrace.requests import Ticket
 from headrace.telemetry.log import get_logger
 
@@ -21,14 +22,23 @@ _LEAD_WEIGHT = 0.1
 class Pipeline:
     """Owns the count of free lanes and the thread that waits for the device and answers. All methods are for the worker's thread.
 
-    `on_free` is called from the other thread whenever a batch has ended and its lane is free.
+    From the other thread are called `on_free`, whenever a batch has ended and its lane is free, and `on_lost`, when the device is gone.
     """
 
-    def __init__(self, name: str, backend: PipelinedBackend, batcher: Batcher, runner: BatchRunner, on_free: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        backend: PipelinedBackend,
+        batcher: Batcher,
+        runner: BatchRunner,
+        on_free: Callable[[], None],
+        on_lost: Callable[[DeviceLost], None],
+    ) -> None:
         self._backend = backend
         self._batcher = batcher
         self._runner = runner
         self._on_free = on_free
+        self._on_lost = on_lost
         self._lanes = threading.Semaphore(backend.lanes)
         self._launched: queue.SimpleQueue[Launched | None] = queue.SimpleQueue()
         self.lead = 0.0
@@ -62,6 +72,8 @@ class Pipeline:
         while (launched := self._launched.get()) is not None:
             self._finish(launched)
             del launched
+            if self._runner.lost is not None:
+                self._on_lost(self._runner.lost)
             self._lanes.release()
             self._on_free()
 

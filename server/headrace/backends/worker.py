@@ -14,7 +14,7 @@ from headrace.backends.pipeline import Pipeline
 from headrace.backends.runner import BatchRunner
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import Batcher
-from headrace.errors import HeadraceError, LoadError
+from headrace.errors import DeviceLost, HeadraceError, LoadError
 from headrace.telemetry.log import get_logger
 from headrace.threads import patient
 
@@ -81,6 +81,9 @@ class Worker:
             answers = runner.run(self._backend, tickets, time.monotonic())
             batcher.settle(tickets, answers, runner.stretch)
             runner.show()
+            if runner.lost is not None:
+                self._lose(batcher, runner.lost)
+                return
         # Too much to hold this thread up for. The instance is still off the idle list: it passes to its own thread, which puts
         # it back there once the queue is empty.
         self._doorbell.put(None)
@@ -148,11 +151,13 @@ class Worker:
                 batcher.settle(tickets, answers, runner.stretch)
                 runner.show()
                 del tickets, answers
+                if runner.lost is not None:
+                    self._lose(batcher, runner.lost)
             else:
                 self._wait(until)
 
     def _pull_pipelined(self, backend: PipelinedBackend, batcher: Batcher, runner: BatchRunner) -> None:
-        pipeline = Pipeline(self.name, backend, batcher, runner, on_free=self._ring)
+        pipeline = Pipeline(self.name, backend, batcher, runner, self._ring, lambda error: self._lose(batcher, error))
         try:
             while not self._is_stopping:
                 pipeline.acquire()
@@ -164,6 +169,11 @@ class Worker:
                     self._wait(until)
         finally:
             pipeline.close()
+
+    def _lose(self, batcher: Batcher, error: DeviceLost) -> None:
+        """This instance's device is gone. What else it had under way there fails by itself."""
+        batcher.lose(self, error)
+        self.stop()
 
     def _ring(self) -> None:
         """Have the thread look again. One ring does for any number of reasons that it has not heard of yet."""

@@ -15,7 +15,7 @@ from headrace.batching.batch_queue import NEVER, BatchQueue
 from headrace.batching.forecast import MARGIN, Forecast
 from headrace.batching.latency import LatencyStats, LatencyTable
 from headrace.config import BatchingConfig
-from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.errors import Cancelled, DeadlineExceeded, DeviceLost, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Answer, Outlet, Reply, Ticket
 from headrace.telemetry.counters import CounterShard, DispatchReason, DropCause, FailureReason
 
@@ -66,6 +66,7 @@ class Batcher:
         schedule: Schedule = at_once,
         on_dropped: Callable[[Sequence[Ticket], HeadraceError], None] | None = None,
         instances: int = 1,
+        on_lost: Callable[[Instance, DeviceLost], None] | None = None,
     ) -> None:
         self._name = name
         self._delay = config.max_queue_delay
@@ -77,6 +78,7 @@ class Batcher:
         self._timer = timer
         self._schedule = schedule
         self._on_dropped = on_dropped
+        self._on_lost = on_lost
         self._armed = NEVER
         self._shard = shard
         self._lock = threading.Lock()
@@ -84,6 +86,7 @@ class Batcher:
         self._running: dict[Ticket, _Running] = {}
         """By the first ticket of the batch."""
         self._instances = instances
+        self._lost: set[Instance] = set()
         self._refused_rows = 0
         self._refusing_since = NEVER
         self._unsettled = 0
@@ -200,7 +203,7 @@ class Batcher:
 
     def _wake_one(self) -> None:
         with self._lock:
-            instance = self._idle.pop() if self._idle and self._queue.requests else None
+            instance = self._pop_helper()
         if instance is not None:
             instance.wake()
 
@@ -224,7 +227,10 @@ class Batcher:
             ready_at = self._ready_at()
             if self._running and ready_at < NEVER and not self._queue.is_batch_full():
                 ready_at = max(ready_at, self._free_from(instance) - lead)
-            if ready_at > now:
+            if instance in self._lost:
+                # It may have been woken for what is queued now.
+                tickets, ready_at, helper = [], NEVER, self._pop_helper()
+            elif ready_at > now:
                 tickets, helper = self._rest(instance), None
             else:
                 if self._queue.has_deadlines and self._queue.is_pressed(self.latencies, now):
@@ -269,7 +275,10 @@ class Batcher:
             return tickets, None
         if instance in self._idle:
             self._idle.remove(instance)
-        return tickets, self._idle.pop() if self._idle and queue.requests else None
+        return tickets, self._pop_helper()
+
+    def _pop_helper(self) -> Instance | None:
+        return self._idle.pop() if self._idle and self._queue.requests else None
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:
@@ -292,7 +301,8 @@ class Batcher:
         return min(ready_at, expiry - self.latencies.upper(min(self._queue.rows + 1, self._queue.limit)) - MARGIN)
 
     def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer], stretch: float = 0.0) -> None:
-        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe."""
+        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe, which does
+        not see a batch for which it is negative."""
         now = self._clock()
         for ticket in tickets:
             if ticket.is_settled:
@@ -314,7 +324,7 @@ class Batcher:
                 self._running[first] = other._replace(began=now)
         if batch.due < now:
             self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
-        if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
+        if now >= self.latencies.next_look and stretch >= 0.0 and not isinstance(answers[0], HeadraceError):
             self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now, stretch)
             self._refusing_since = NEVER
 
@@ -359,6 +369,25 @@ class Batcher:
                 ticket.is_settled = True
                 self._drop([ticket], _expired(ticket, self._name) if cause is DropCause.EXPIRED else _hopeless(ticket, self._name))
             self._release(len(late))
+
+    def lose(self, instance: Instance, error: DeviceLost) -> None:
+        """The instance runs nothing any more: it is given no batch from here on, and what is queued goes to the others. Whoever ran its
+        last batch settles that first. Any thread; without effect the second time. With the last one gone what is queued stays so: the
+        owner, who is told by `on_lost`, has it answered.
+        """
+        with self._lock:
+            if instance in self._lost:
+                return
+            self._lost.add(instance)
+            if instance in self._idle:
+                self._idle.remove(instance)
+            self._instances = max(self._instances - 1, 1)
+            # It may have been the one that was to look again when a batch is due.
+            helper = self._pop_helper()
+        if helper is not None:
+            helper.wake()
+        if self._on_lost is not None:
+            self._on_lost(instance, error)
 
     def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
         """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""

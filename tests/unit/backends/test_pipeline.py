@@ -16,7 +16,7 @@ from headrace.batching.batcher import Batcher
 from headrace.batching.latency import LatencyTable
 from headrace.batching.observer import RanBatch
 from headrace.config import BatchingConfig, InstanceConfig
-from headrace.errors import BackendError
+from headrace.errors import BackendError, DeviceLost
 from headrace.requests import Answer, InputTensor, Reply, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.counters import VersionCounters
@@ -175,6 +175,23 @@ def test_a_failure_costs_its_batch_and_no_lane(bench: Bench, where: str, monkeyp
     assert bench.batcher.unsettled == 0
 
 
+def lose_at_two(inputs: Any) -> list[Any]:
+    if 2.0 in inputs["x"]:
+        raise DeviceLost("the device fell off the bus")
+    return [inputs["x"].copy()]
+
+
+@pytest.mark.parametrize("bench", [{"execute": lose_at_two}], indirect=True)
+def test_with_the_device_goes_the_instance_once_its_batches_are_answered(bench: Bench) -> None:
+    assert bench.send(1).answer == b"1.0"
+    assert isinstance(bench.send(2).answer, DeviceLost)
+    assert bench.worker.join(5)
+    assert bench.backend.live == []
+    late = bench.send(1)
+    assert not late.complete.is_set()
+    assert bench.batcher.pending_requests == 1
+
+
 def test_what_is_under_way_is_answered_before_the_worker_ends(bench: Bench) -> None:
     bench.backend.gate.clear()
     outlet = bench.send(1)
@@ -202,8 +219,9 @@ def test_rows_are_gathered_into_the_lane_and_padded_there_and_observers_read_the
     outlets = [bench.send(7)]
     bench.until_queue_is(0)
     outlets += [bench.send(1, 2), bench.send(3)]
-    bench.close()
+    bench.backend.gate.set()
     assert [outlet.answer for outlet in outlets] == [b"7.0", b"1.0", b"3.0"]
+    bench.close()
     assert [batch["x"].shape for batch in bench.backend.batches] == [(4, 2), (4, 2)]
     # Row 0 once more: 7 four times, and 1, 2, 3 and 1.
     assert seen.batches == [(28.0, 28.0), (7.0, 7.0)]
