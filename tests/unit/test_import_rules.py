@@ -13,7 +13,16 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests", "headrace.telemetry.trace_context"),
-    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
+    (
+        "headrace.shared_memory",
+        "headrace.cuda_runtime",
+        "headrace.cuda_regions",
+        "headrace.client_memory",
+        "headrace.signature",
+        "headrace.telemetry.log",
+        "headrace.telemetry.access_log",
+        "headrace.threads",
+    ),
     ("headrace.config", "headrace.backends.processing"),
     (
         "headrace.config_loading",
@@ -72,6 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.view",
         "headrace.lifecycle.placement",
         "headrace.lifecycle.devices",
+        "headrace.batching.device_inputs",
         "headrace.lifecycle.admission",
         "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
@@ -121,7 +131,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PURE = (
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
+    "headrace.batching.assemble", "headrace.batching.device_inputs", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
     "headrace.lifecycle.placement",
     "headrace.lifecycle.policy", "headrace.lifecycle.placement", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",

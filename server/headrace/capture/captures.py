@@ -21,7 +21,7 @@ from headrace.capture.records import Buffer, Captured, CapturedTensor, encode_re
 from headrace.capture.ring import Ring
 from headrace.capture.sampling import CaptureSampler
 from headrace.lifecycle.effective import EffectiveModel
-from headrace.requests import InputTensor, TensorBytes, Ticket
+from headrace.requests import DeviceMemory, InputTensor, TensorBytes, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.log import get_logger
 from headrace.threads import be_patient
@@ -257,7 +257,7 @@ def _size(inputs: Sequence[TensorBytes]) -> int:
 
 def _is_shared(data: TensorBytes) -> bool:
     """A view of something else than a received message: of a region of shared memory."""
-    return isinstance(data, memoryview) and not isinstance(data.obj, bytes)
+    return isinstance(data, DeviceMemory) or (isinstance(data, memoryview) and not isinstance(data.obj, bytes))
 
 
 def _captured(pending: _Pending) -> Captured:
