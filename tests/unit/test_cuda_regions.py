@@ -6,7 +6,7 @@ import inspect
 from typing import Any
 
 import pytest
-from fake_cuda import Code, FakeCuda, install
+from fake_cuda_runtime import Code, FakeCuda, install
 from headrace import cuda_regions
 from headrace.client_memory import ClientMemory
 from headrace.cuda_regions import CudaRegions

@@ -249,7 +249,7 @@ def _size(inputs: Sequence[TensorBytes]) -> int:
         if isinstance(data, (bytes, memoryview)):
             whole = data.obj if isinstance(data, memoryview) else data
             messages[id(whole)] = memoryview(whole).nbytes
-        else:
+        elif not isinstance(data, DeviceMemory):
             elements: list[bytes] = data.ravel().tolist()
             strings += sum([STRING + len(element) for element in elements])
     return strings + sum(messages.values())
@@ -278,6 +278,7 @@ def _captured(pending: _Pending) -> Captured:
 
 
 def _input_bytes(data: TensorBytes) -> Buffer:
+    assert not isinstance(data, DeviceMemory), "what lies elsewhere is not captured"
     return data if isinstance(data, (bytes, memoryview)) else encode_bytes_tensor(data)
 
 

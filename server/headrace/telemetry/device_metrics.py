@@ -32,6 +32,6 @@ class DeviceCollector(Collector):
             if use.memory:
                 memory.add_metric(labels, use.memory)
         lost = GaugeMetricFamily("headrace_device_lost", "1 for a device on which nothing runs until a new start.", labels=["device"])
-        for device in self._devices.lost:
-            lost.add_metric([device], 1)
+        for device in sorted({use.device for use in self._devices.uses()} | self._devices.lost.keys()):
+            lost.add_metric([device], device in self._devices.lost)
         return instances, memory, lost
