@@ -4,6 +4,8 @@ What it cannot show: whether a real handle opens in another process, what a devi
 copy is ordered after what the client's own streams do. tests/gpu/test_cuda_shared_memory.py asks a device.
 """
 
+# ruff: noqa: N802, N815  # CUDA's names
+
 from __future__ import annotations
 
 import ctypes
@@ -39,7 +41,7 @@ class Handle:
     def __init__(self) -> None:
         self.bytes = (ctypes.c_char * 64)()
 
-    def getPtr(self) -> int:  # noqa: N802  # CUDA's names, here and below
+    def getPtr(self) -> int:
         return ctypes.addressof(self.bytes)
 
 
@@ -68,48 +70,48 @@ class FakeCuda:
         self.memory[handle] = buffer
         return handle, buffer
 
-    def cudaGetDeviceCount(self) -> tuple[Code, int]:  # noqa: N802
+    def cudaGetDeviceCount(self) -> tuple[Code, int]:
         return (Code.SUCCESS, self.devices) if self.devices else (Code.INSUFFICIENT_DRIVER, 0)
 
-    def cudaGetDevice(self) -> tuple[Code, int]:  # noqa: N802
+    def cudaGetDevice(self) -> tuple[Code, int]:
         return Code.SUCCESS, self.device
 
-    def cudaSetDevice(self, device: int) -> tuple[Code]:  # noqa: N802
+    def cudaSetDevice(self, device: int) -> tuple[Code]:
         self.device = device
         return (Code.SUCCESS,)
 
-    def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[Code, int]:  # noqa: N802
+    def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[Code, int]:
         buffer = self.memory.get(bytes(handle.bytes))
         if buffer is None or flags != self.cudaIpcMemLazyEnablePeerAccess:
             return Code.INVALID_VALUE, 0
         self.opened.append((self.device, ctypes.addressof(buffer)))
         return Code.SUCCESS, ctypes.addressof(buffer)
 
-    def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Code]:  # noqa: N802
+    def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Code]:
         self.opened.remove((self.device, pointer))
         return (Code.SUCCESS,)
 
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Code, str]:  # noqa: N802
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Code, str]:
         return Code.SUCCESS, f"stream of {self.device}"
 
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: CopyKind, stream: str) -> tuple[Code]:  # noqa: N802
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: CopyKind, stream: str) -> tuple[Code]:
         if not self.failing:
             self.copies.append(kind)
             ctypes.memmove(dst, src, count)
             self.pending += 1
         return (self.failing,)
 
-    def cudaStreamSynchronize(self, stream: str) -> tuple[Code]:  # noqa: N802
+    def cudaStreamSynchronize(self, stream: str) -> tuple[Code]:
         self.pending = 0
         return (Code.SUCCESS,)
 
-    def cudaGetErrorString(self, error: Code) -> tuple[Code, bytes]:  # noqa: N802
+    def cudaGetErrorString(self, error: Code) -> tuple[Code, bytes]:
         return Code.SUCCESS, TEXTS[error]
 
-    def cudaGetLastError(self) -> tuple[Code]:  # noqa: N802
+    def cudaGetLastError(self) -> tuple[Code]:
         return (Code.SUCCESS,)
 
-    def cuMemGetAddressRange(self, pointer: int) -> tuple[Code, int, int]:  # noqa: N802
+    def cuMemGetAddressRange(self, pointer: int) -> tuple[Code, int, int]:
         for buffer in self.memory.values():
             if ctypes.addressof(buffer) == pointer:
                 return Code.SUCCESS, pointer, len(buffer)

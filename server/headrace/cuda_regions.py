@@ -164,4 +164,3 @@ class CudaRegions:
             raise NotFound(f"Unable to find shared memory region: '{name}'")
         part_of(name, region.status.byte_size, offset, byte_size)
         return _Part(region, offset, byte_size)
-

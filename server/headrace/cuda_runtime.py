@@ -6,6 +6,8 @@ waited for, since the client may write there again as soon as it has its answer.
 left as it was.
 """
 
+# ruff: noqa: N802, N815  # CUDA's names
+
 from __future__ import annotations
 
 import ctypes
@@ -33,23 +35,23 @@ class Runtime(Protocol):
     cudaStreamNonBlocking: int
     cudaMemcpyKind: Any
 
-    def cudaIpcMemHandle_t(self) -> Any: ...  # noqa: N802  # CUDA's names, here and below
-    def cudaGetDeviceCount(self) -> tuple[Any, int]: ...  # noqa: N802
-    def cudaGetDevice(self) -> tuple[Any, int]: ...  # noqa: N802
-    def cudaSetDevice(self, device: int) -> tuple[Any]: ...  # noqa: N802
-    def cudaIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[Any, int]: ...  # noqa: N802
-    def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Any]: ...  # noqa: N802
-    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]: ...  # noqa: N802
-    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> tuple[Any]: ...  # noqa: N802
-    def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]: ...  # noqa: N802
-    def cudaGetErrorString(self, error: Any) -> tuple[Any, bytes]: ...  # noqa: N802
-    def cudaGetLastError(self) -> tuple[Any]: ...  # noqa: N802
+    def cudaIpcMemHandle_t(self) -> Any: ...
+    def cudaGetDeviceCount(self) -> tuple[Any, int]: ...
+    def cudaGetDevice(self) -> tuple[Any, int]: ...
+    def cudaSetDevice(self, device: int) -> tuple[Any]: ...
+    def cudaIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[Any, int]: ...
+    def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Any]: ...
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]: ...
+    def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: Any, stream: Any) -> tuple[Any]: ...
+    def cudaStreamSynchronize(self, stream: Any) -> tuple[Any]: ...
+    def cudaGetErrorString(self, error: Any) -> tuple[Any, bytes]: ...
+    def cudaGetLastError(self) -> tuple[Any]: ...
 
 
 class Driver(Protocol):
     """The part of cuda.bindings.driver that is used."""
 
-    def cuMemGetAddressRange(self, pointer: int) -> tuple[Any, Any, int]: ...  # noqa: N802
+    def cuMemGetAddressRange(self, pointer: int) -> tuple[Any, Any, int]: ...
 
 
 class CudaError(Exception):

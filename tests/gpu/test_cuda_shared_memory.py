@@ -102,7 +102,7 @@ def test_tensors_go_and_come_in_place_for_many_sizes(client: triton.InferenceSer
 
 
 def test_more_than_the_allocation_is_refused(client: triton.InferenceServerClient, shm: Any, region: Any) -> None:
-    with pytest.raises(InferenceServerException, match="expected at most the .* bytes that its memory has"):
+    with pytest.raises(InferenceServerException, match=r"expected at most the .* bytes that its memory has"):
         register(client, shm, region, 1 << 30)
     register(client, shm, region)
 

@@ -131,8 +131,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 PURE = (
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
-    "headrace.batching.assemble", "headrace.batching.device_inputs", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
-    "headrace.lifecycle.placement",
+    "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
+    "headrace.batching.device_inputs",
     "headrace.lifecycle.policy", "headrace.lifecycle.placement", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",

@@ -151,7 +151,7 @@ class Backend(ABC):
         """
 
     def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
-        """Right before an `execute` or `launch`, whose `inputs` then lack these: inputs that a client has put on this instance's device. They
+        """Right before an `execute` or `launch`, whose `inputs` then lack these: what a client has put on this instance's device. They
         may be read until that batch's outputs have been returned, or until it is released."""
         raise NotImplementedError
 
@@ -210,4 +210,15 @@ def select_file(directory: Path, filename: str) -> Path:
 BackendRegistry = Mapping[str, type[Backend]]
 
 
-__all__ = ["CPU", "Array", "ArtifactSignature", "Backend", "BackendRegistry", "DeviceArray", "DeviceSpace", "Pending", "PipelinedBackend", "select_file"]
+__all__ = [
+    "CPU",
+    "Array",
+    "ArtifactSignature",
+    "Backend",
+    "BackendRegistry",
+    "DeviceArray",
+    "DeviceSpace",
+    "Pending",
+    "PipelinedBackend",
+    "select_file",
+]

@@ -1,5 +1,7 @@
 """GPU metrics over a driver made of plain values, and what the real binding says where there is none."""
 
+# ruff: noqa: N802, N815  # NVML's names
+
 from __future__ import annotations
 
 import asyncio
@@ -47,51 +49,51 @@ class FakeNvml:
             raise FakeError("Not Supported")
         return value
 
-    def nvmlInit(self) -> None: ...  # noqa: N802  # NVML's names, here and below
-    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+    def nvmlInit(self) -> None: ...
+    def nvmlDeviceGetCount(self) -> int:
         return 2
 
-    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:  # noqa: N802
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> str:
         return ["first", "second"][index]
 
-    def nvmlDeviceGetUUID(self, handle: str) -> str:  # noqa: N802
+    def nvmlDeviceGetUUID(self, handle: str) -> str:
         return f"GPU-{handle}"
 
-    def nvmlDeviceGetName(self, handle: str) -> str:  # noqa: N802
+    def nvmlDeviceGetName(self, handle: str) -> str:
         return "NVIDIA H100"
 
-    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:  # noqa: N802
+    def nvmlDeviceGetUtilizationRates(self, handle: str) -> Any:
         return self._of_first(handle, SimpleNamespace(gpu=75, memory=20))
 
-    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:  # noqa: N802
+    def nvmlDeviceGetMemoryInfo(self, handle: str) -> Any:
         self.reads += handle == "first"
         assert self.go_on.wait(10)
         if self.is_lost:
             raise FakeError("GPU is lost")
         return SimpleNamespace(total=80 << 30, free=60 << 30, used=20 << 30)
 
-    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:  # noqa: N802
+    def nvmlDeviceGetPowerUsage(self, handle: str) -> int:
         return int(self._of_first(handle, 312_500))
 
-    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:  # noqa: N802
+    def nvmlDeviceGetPowerManagementLimit(self, handle: str) -> int:
         return int(self._of_first(handle, 700_000))
 
-    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:  # noqa: N802
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle: str) -> int:
         return int(self._of_first(handle, self.energy))
 
-    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:  # noqa: N802
+    def nvmlDeviceGetTemperature(self, handle: str, sensor: int) -> int:
         raise FakeError("Function Not Found")
 
-    def nvmlDeviceGetTemperatureV(self, handle: str, sensor: int) -> int:  # noqa: N802
+    def nvmlDeviceGetTemperatureV(self, handle: str, sensor: int) -> int:
         return int(self._of_first(handle, 61))
 
-    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:  # noqa: N802
+    def nvmlDeviceGetCurrentClocksEventReasons(self, handle: str) -> int:
         return int(self._of_first(handle, 1 | 4))
 
-    def nvmlDeviceGetTotalEccErrors(self, handle: str, error: int, counter: int) -> int:  # noqa: N802
+    def nvmlDeviceGetTotalEccErrors(self, handle: str, error: int, counter: int) -> int:
         return int(self._of_first(handle, [3, 0][error]))
 
-    def nvmlDeviceGetFieldValues(self, handle: str, fields: Sequence[int]) -> Sequence[Any]:  # noqa: N802
+    def nvmlDeviceGetFieldValues(self, handle: str, fields: Sequence[int]) -> Sequence[Any]:
         assert list(fields) == [197, 198]
         value = SimpleNamespace(ullVal=1 << 40, uiVal=7, ulVal=0)
         return [
