@@ -5,7 +5,7 @@ run on a thread of their own, one at a time, and a scrape waits for them no long
 missing, with headrace_gpu_up at 0, rather than old. Two scrapes within FRESH share what the first one got.
 """
 
-# ruff: noqa: N802, N815  # NVML's names
+# ruff: noqa: N802  # NVML's names
 
 from __future__ import annotations
 

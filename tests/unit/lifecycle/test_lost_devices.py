@@ -49,8 +49,7 @@ async def lose(swap: Swapping, model: str = "m") -> None:
     for _ in range(50):
         try:
             await swap.ask(model=model)
-        except DeviceLost as error:
-            assert "unspecified launch failure" in str(error)
+        except DeviceLost:
             return
     raise AssertionError("no batch was lost")
 
