@@ -147,6 +147,32 @@ class InferRequest:
         return f"InferRequest({self.model}:{self.version or 'default'}, id={self.id!r}, {self.inputs!r})"
 
 
+class Alike:
+    """Requests that came together and are like each other, with one tensor each and no id: `first` is one of them, and `contents[i]`
+    is the content of that of `replies[i]`. What is true of one is found out once for all of them."""
+
+    __slots__ = ("contents", "first", "replies")
+
+    def __init__(self, first: InferRequest, contents: Sequence[bytes], replies: Sequence[Reply]) -> None:
+        self.first = first
+        self.contents = contents
+        self.replies = replies
+
+    def __repr__(self) -> str:
+        return f"Alike({len(self.replies)} of {self.first!r})"
+
+    def calls(self) -> list[tuple[InferRequest, Reply]]:
+        """One by one."""
+        return [(self._request(content), reply) for content, reply in zip(self.contents, self.replies, strict=True)]
+
+    def _request(self, content: bytes) -> InferRequest:
+        first, tensor = self.first, self.first.inputs[0]
+        own = InputTensor(tensor.name, tensor.datatype, tensor.shape, content, tensor.parameters)
+        return InferRequest(
+            first.model, first.version, first.id, [own], first.outputs, first.parameters, first.likeness, first.uses_regions
+        )  # fmt: skip
+
+
 Answer = bytes | HeadraceError
 
 

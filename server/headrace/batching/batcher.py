@@ -125,20 +125,21 @@ class Batcher:
         refused: list[tuple[Ticket, HeadraceError]] = []
         now = self._clock()
         with self._lock:
-            push, is_full_for, is_open = self._queue.push, self._queue.is_full_for, self._is_open
+            push, most = self._queue.push, self._max_queue_rows
+            has_room = self._is_open and (not most or self._queue.rows + sum([ticket.rows for ticket in tickets]) <= most)
             for ticket in tickets:
                 ticket.enqueued = now
                 # Most have no deadline and find room.
-                if ticket.expires != NEVER or not is_open or is_full_for(ticket.rows):
+                if ticket.expires != NEVER or not has_room:
                     try:
                         self._check(ticket, now)
                     except HeadraceError as error:
                         refused.append((ticket, error.with_traceback(None)))
                         continue
+                    if ticket.expires < self._armed:
+                        self._arm(ticket.expires)
                 push(ticket)
-                self._unsettled += 1
-                if ticket.expires < self._armed:
-                    self._arm(ticket.expires)
+            self._unsettled += len(tickets) - len(refused)
             has_idle = bool(self._idle)
         if has_idle:
             self._schedule(self._wake_one)

@@ -22,7 +22,7 @@ from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
 from headrace.errors import DeviceLost, HeadraceError, LoadError, NotReady
-from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.admission import make_ticket, make_tickets
 from headrace.lifecycle.attachments import Attached, Attachment
 from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.drift_subject import drift_subject
@@ -35,7 +35,7 @@ from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
-from headrace.requests import InferRequest, Reply
+from headrace.requests import Alike, InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
 from headrace.telemetry.counters import FailureReason, VersionCounters
@@ -198,6 +198,26 @@ class ModelVersion:
         for ticket, refusal in batcher.submit_all(tickets):
             refused.extend((request, reply, refusal) for request, reply in calls if reply is ticket.reply)
         return refused
+
+    def submit_alike(self, alike: Alike, arrived: float) -> list[Refused]:
+        batcher, effective = self._batcher, self.effective
+        if batcher is None or effective is None or self._checks is not None:
+            return self.submit_all(alike.calls(), arrived)
+        try:
+            tickets = make_tickets(effective.signature, effective.batching, alike, arrived)
+        except HeadraceError:
+            # Each with an error of its own.
+            return self.submit_all(alike.calls(), arrived)
+        cancel = batcher.cancel_reply
+        for ticket in tickets:
+            reply = ticket.reply
+            reply.ticket = ticket
+            reply.cancel = cancel
+        refusals = batcher.submit_all(tickets)
+        if not refusals:
+            return []
+        reasons = {ticket.reply: refusal for ticket, refusal in refusals}
+        return [(request, reply, reasons[reply]) for request, reply in alike.calls() if reply in reasons]
 
     # -- life: the event loop ------------------------------------------------------------------------------------------
 
