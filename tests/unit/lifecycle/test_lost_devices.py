@@ -62,6 +62,16 @@ async def test_instances_of_several_models_are_spread_and_a_pinned_one_is_where_
     assert where(swap) == {"a": {"cuda:1": 1}, "b": {"cuda:0": 1}, "c": {"cuda:0": 2, "cuda:1": 1}}
 
 
+async def test_models_hold_each_other_up_on_the_device_that_they_got_and_on_no_other(make: Make) -> None:
+    swap = make(DeviceBackend.make_on("cuda:0", "cuda:1"))
+    for model, device in {"a": "cuda:0", "b": "cuda", "c": "cuda:0", "host": "cpu"}.items():
+        await swap.publish(1, model=model, **on(device))
+    tables = {name: entry.route.default._batcher.latencies for name, entry in swap.models.models.items()}
+    shared = tables["a"]._device
+    assert {name for name, table in tables.items() if table._device is shared} == {"a", "c"}
+    assert tables["b"]._device is not tables["host"]._device
+
+
 async def test_of_two_instances_one_goes_on_and_the_device_takes_the_others_on_it_along(make: Make) -> None:
     backend = DeviceBackend.make_on("cuda:0", "cuda:1")
     swap = make(backend)
