@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -54,6 +55,14 @@ async def lose(swap: Swapping, model: str = "m") -> None:
     raise AssertionError("no batch was lost")
 
 
+async def device_in_use(swap: Swapping, backend: type[DeviceBackend]) -> str:
+    """Of the instance that answers a model's requests as long as they come one by one: the one that became free last is the next."""
+    before = {each: len(each.batches) for each in backend.live}
+    for _ in range(5):
+        await swap.ask()
+    return max(before, key=lambda each: len(each.batches) - before[each]).device
+
+
 async def test_instances_of_several_models_are_spread_and_a_pinned_one_is_where_it_is_to_be(make: Make) -> None:
     swap = make(DeviceBackend.make_on("cuda:0", "cuda:1"))
     await swap.publish(1, model="a", **on("cuda:1"))
@@ -77,19 +86,21 @@ async def test_of_two_instances_one_goes_on_and_the_device_takes_the_others_on_i
     swap = make(backend)
     await swap.publish(1, **on("cuda", 2))
     await swap.publish(1, model="beside", **on("cuda", 2))
-    await swap.publish(1, model="elsewhere", **on("cuda:1"))
-    backend.broken.add("cuda:0")
+    lost = await device_in_use(swap, backend)
+    left = "cuda:1" if lost == "cuda:0" else "cuda:0"
+    await swap.publish(1, model="elsewhere", **on(left))
+    backend.broken.add(lost)
     await lose(swap)
-    await swap.until(lambda: where(swap)["m"]["cuda:0"] == 0)
+    await swap.until(lambda: where(swap)["m"][lost] == 0)
     for model in ("m", "beside", "elsewhere"):
         assert [await swap.ask(model=model) for _ in range(10)] == [(1, 1.0)] * 10
-    assert where(swap) == {"m": {"cuda:0": 0, "cuda:1": 1}, "beside": {"cuda:0": 0, "cuda:1": 1}, "elsewhere": {"cuda:1": 1}}
-    lost = [event for event in swap.models.event_log.since(0) if event.kind == "device_lost"]
-    assert sorted((event.model, event.fields["device"], event.reason) for event in lost) == [
-        (model, "cuda:0", "cuda:0: unspecified launch failure") for model in ("beside", "m")
+    assert where(swap) == {"m": {lost: 0, left: 1}, "beside": {lost: 0, left: 1}, "elsewhere": {left: 1}}
+    events = [event for event in swap.models.event_log.since(0) if event.kind == "device_lost"]
+    assert sorted((event.model, event.fields["device"], event.reason) for event in events) == [
+        (model, lost, f"{lost}: unspecified launch failure") for model in ("beside", "m")
     ]
     assert len(backend.lost_batches) == 1
-    await swap.until(lambda: {each.device for each in backend.live} == {"cuda:1"})
+    await swap.until(lambda: {each.device for each in backend.live} == {left})
 
 
 async def test_without_another_device_the_version_says_why_and_models_on_the_host_serve_on(make: Make) -> None:
@@ -176,6 +187,32 @@ async def test_a_device_that_is_lost_while_a_version_is_loaded_there_takes_out_w
     await swap.until(lambda: swap.index()["serving:1"][0] == "UNAVAILABLE")
     assert swap.index()["m:1"] == ("UNAVAILABLE", "cuda:0: unspecified launch failure")
     assert backend.lost_batches == []
+
+
+async def test_a_version_that_was_being_loaded_when_its_device_was_lost_does_not_go_live(make: Make) -> None:
+    loading, go_on = threading.Event(), threading.Event()
+
+    class Slow(DeviceBackend.make_on("cuda:0")):  # type: ignore[misc]
+        def load(self) -> None:
+            if self.path.parent.parent.name == "late":
+                loading.set()
+                assert go_on.wait(10)
+            super().load()
+
+    swap = make(Slow)
+    await swap.publish(1, **on("cuda"))
+    swap.offer(1, model="late", **on("cuda"))
+    await swap.take()
+    await swap.until(lambda: any(version.state is VersionState.WARMING for version in swap.models.find("late", "")))
+    assert await asyncio.to_thread(loading.wait, 10)
+    Slow.broken.add("cuda:0")
+    await lose(swap)
+    await swap.until(lambda: swap.index()["m:1"][0] == "UNAVAILABLE")
+    Slow.broken.clear()
+    go_on.set()
+    await swap.until(lambda: swap.index()["late:1"][0] == "UNAVAILABLE")
+    assert swap.index()["late:1"][1] == "device 'cuda:0' was lost: cuda:0: unspecified launch failure"
+    assert Slow.live == []
 
 
 async def test_the_next_version_for_a_lost_device_fails_with_what_is_to_be_done(make: Make) -> None:
