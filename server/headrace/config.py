@@ -106,6 +106,11 @@ class ServerConfig:
         "Clients on this machine may leave tensors in system shared memory. Off: whoever reaches the port could have the server read "
         "and write every shared memory object that its user may.",
     )
+    client_cuda_shared_memory: bool = _option(
+        False,
+        "Clients on this machine may leave tensors in CUDA memory of theirs, by its IPC handle. Off: whoever reaches the port could have "
+        "the server read and write what other processes share on its GPUs.",
+    )
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
     tls_client_ca: str = _option("", "PEM file of the authorities whose client certificates are required (mutual TLS).")

@@ -6,6 +6,7 @@ Triton's, which bounds the queue alone: a configuration that works there has it 
 
 from __future__ import annotations
 
+from headrace.batching.device_inputs import bring_to_host
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.lifecycle.value_checks import ValueChecks
@@ -28,6 +29,8 @@ def make_ticket(
     """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock."""
     admission = signature.validate(request)
     if checks is not None:
+        if request.on_device:
+            bring_to_host(request.inputs)
         checks.look_at(admission.inputs(request), request.id)
     priority, answer_by = _terms(batching, request, arrived)
     if reply.deadline is not None and reply.deadline < answer_by:
@@ -38,7 +41,8 @@ def make_ticket(
     is_bound = bool(request.version)
     # By position: keywords make it half as dear again.
     return Ticket(
-        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations
+        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations,
+        request.on_device,
     )  # fmt: skip
 
 

@@ -360,16 +360,16 @@ class ModelVersion:
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
-            for worker, instance, result in zip(workers, instances, results, strict=True):
+            for worker, each, result in zip(workers, backends, results, strict=True):
                 if isinstance(result, DeviceLost):
-                    self._on_lost(self, worker, instance.device, result)
+                    self._on_lost(self, worker, each.device, result)
             raise errors[0].with_traceback(None)
-        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
-        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
-        for device, reason in self._devices.find_lost(self._places.values()).items():
+        for device, reason in self._devices.find_lost([each.device for each in backends]).items():
             # While it was loaded, another version's batch found that out.
             self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
             raise DeviceLost(f"device '{device}' was lost: {reason}")
+        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
+        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
         return next(result for result in results if isinstance(result, WarmUp))
 
     async def _place(self, instances: InstanceConfig, backend: type[Backend]) -> list[InstanceConfig]:
