@@ -43,36 +43,35 @@ def resize(image: Array, size: tuple[int, int], *, antialias: bool) -> NDArray[n
     if size[0] * width > 2 * height * size[1]:
         # The other axis first: 1 x 4,000,000 pixels would have 224 times as many in between.
         return resize(image.transpose(1, 0, 2), (size[1], size[0]), antialias=antialias).transpose(0, 2, 1)
-    lines = np.ascontiguousarray(image).reshape(height, width * channels)
-    part = _along_first(lines, size[0], antialias).reshape(size[0], width, channels)
-    planes = np.ascontiguousarray(part.transpose(2, 0, 1)).reshape(channels * size[0], width)
-    return _along_first(planes.T, size[1], antialias).T.reshape(channels, *size)
-
-
-def _along_first(lines: Array, size: int, antialias: bool) -> NDArray[np.float32]:
-    """[length, n] to [size, n]"""
-    length = len(lines)
-    if size == length:
-        return lines.astype(np.float32)
-    if not antialias or size > length:
-        return _between_two(lines, size)
-    result = np.empty((size, lines.shape[1]), np.float32)
-    for band in _bands(length, size) if length <= LONGEST_KEPT else make_bands(length, size):
-        part = lines[band.low : band.high].astype(np.float32, copy=False)
-        _weigh(band.weights, part, result[band.start : band.stop])
+    part = np.empty((size[0], width * channels), np.float32)
+    _along_first(np.ascontiguousarray(image).reshape(height, width * channels), part, antialias)
+    planes = np.ascontiguousarray(part.reshape(size[0], width, channels).transpose(2, 0, 1))
+    result = np.empty((channels, *size), np.float32)
+    _along_first(planes.reshape(-1, width).T, result.reshape(-1, size[1]).T, antialias)
     return result
 
 
-def _between_two(lines: Array, size: int) -> NDArray[np.float32]:
-    length = len(lines)
+def _along_first(lines: Array, into: Array, antialias: bool) -> None:
+    """[length, n] to [size, n]"""
+    length, size = len(lines), len(into)
+    if size == length:
+        into[...] = lines
+    elif size > length or not antialias:
+        _between_two(lines, into)
+    else:
+        for band in _bands(length, size) if length <= LONGEST_KEPT else make_bands(length, size):
+            part = lines[band.low : band.high].astype(np.float32, copy=False)
+            _weigh(band.weights, part, into[band.start : band.stop])
+
+
+def _between_two(lines: Array, into: Array) -> None:
+    length, size = len(lines), len(into)
     place = np.clip((np.arange(size) + 0.5) * (length / size) - 0.5, 0, length - 1)
     lower = place.astype(np.intp)
-    result = lines[lower].astype(np.float32)
-    step = lines[np.minimum(lower + 1, length - 1)].astype(np.float32)
-    step -= result
+    into[...] = lines[lower]
+    step = lines[np.minimum(lower + 1, length - 1)] - into
     step *= (place - lower).astype(np.float32)[:, None]
-    result += step
-    return result
+    into += step
 
 
 def make_bands(length: int, size: int) -> Sequence[_Band]:
