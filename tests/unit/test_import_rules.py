@@ -126,7 +126,8 @@ PURE = (
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
-    "headrace.lifecycle.processing", "headrace.backends.processing", "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
+    "headrace.lifecycle.processing", "headrace.backends.processing",
+    "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
     "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from headrace_kernels.topk import TopK
+
 from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
 from headrace.backends.processing import Processing, classes_of
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
@@ -20,7 +22,6 @@ from headrace.errors import ConfigError, LoadError
 from headrace.lifecycle.processing import Steps, Visible, apply_processing
 from headrace.model_files import load_labels
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
-from headrace_kernels.topk import TopK
 
 DEFAULT_MAX_BATCH_SIZE = 64
 """For artifacts with a free batch dimension and no configuration. Batches only grow under load, so a generous bound costs

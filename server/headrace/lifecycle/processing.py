@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, cast
 
+from headrace_kernels.normalize import Normalize
+from headrace_kernels.topk import Softmax, TopK
+
 from headrace.backends.processing import Processing, classes_of
 from headrace.config import CaptureConfig, FeedbackConfig, ModelConfig, PostprocessConfig, PreprocessConfig, TensorConfig
 from headrace.errors import ConfigError, LoadError
 from headrace.signature import DataType, Shape, TensorSpec, format_shape
-from headrace_kernels.normalize import Normalize
-from headrace_kernels.topk import Softmax, TopK
 
 Labels = Mapping[str, tuple[str, ...]]
 Steps = Mapping[tuple[str, str], str]
@@ -158,7 +159,7 @@ def _take(model: str, spec: TensorSpec, step: PostprocessConfig) -> TopK | Softm
         return Softmax()
     if len(spec.shape) != 2 or spec.shape[1] < 0:
         raise LoadError(
-            f"{where}: top_k: expected [rows, classes] with a fixed number of classes; {got}, and `shape` of an [[output]] sets what is free"
+            f"{where}: top_k: expected [rows, classes] with a fixed number of classes; {got}, and shape of its [[output]] sets what is free"
         )
     if step.top_k > spec.shape[1]:
         raise LoadError(f"{where}: top_k: expected at most {spec.shape[1]} classes, got {step.top_k}; {got}")
@@ -220,8 +221,8 @@ def _auto(monitor: str, what: str) -> str:
 def _check_monitor(model: str, setting: TensorConfig) -> None:
     if setting.monitor == "classes" or setting.activation != "auto":
         raise ConfigError(
-            f"output '{setting.name}' of '{model}': monitor 'classes' and activation: expected neither beside top_k, which leaves no scores "
-            "of all classes"
+            f"output '{setting.name}' of '{model}': monitor 'classes' and activation: expected neither beside top_k, which leaves no "
+            "scores of all classes"
         )
 
 

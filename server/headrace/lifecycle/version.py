@@ -333,7 +333,8 @@ class ModelVersion:
             return None
         published = self.inspection.reference if self.inspection is not None else None
         # What was seen of tensors that something else was done to says nothing of these.
-        is_alike = predecessor is not None and predecessor.effective is not None and predecessor.effective.processing == effective.processing
+        old = predecessor.effective if predecessor is not None else None
+        is_alike = old is not None and old.processing == effective.processing
         before = predecessor._watch if predecessor is not None and is_alike else None
         return drift_subject(self.version, effective, published, before, self.counters)
 
