@@ -278,7 +278,7 @@ class PreprocessConfig:
 
     input: str = _option("", "The input's name in the artifact; there it has four dimensions and FP32, FP16 or BF16.")
     size: tuple[int, ...] = _option(
-        (), "Height and width that the model takes: images of any size are resized (bilinear). Left out: they come in that size.",
+        (), "Height and width that the model takes: images of any size are resized (bilinear). Left out: they come in its size.",
         minimum=1,
     )  # fmt: skip
     antialias: bool = _option(True, "Whether all pixels of a larger image count, as Pillow has it, or the four nearest to each.")
@@ -298,8 +298,8 @@ class PostprocessConfig:
     softmax: bool = _option(False, "Probabilities (FP32) in place of scores, along the last dimension.")
     top_k: int = _option(
         0,
-        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the places where they "
-        "were (INT32). 0: all.",
+        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the classes that they "
+        "are of (INT32). 0: all.",
         minimum=0,
     )
 

@@ -203,7 +203,7 @@ def _settings(
         source = next((each for each in ranked if classes_of(each) == name), None)
         setting = given.get(name, TensorConfig(name))
         if source is not None:
-            labels = given[source].labels if source in given else None
+            labels = setting.labels or (given[source].labels if source in given else None)
             yield replace(setting, labels=labels, monitor=_auto(setting.monitor, "categories"))
         elif name in ranked:
             _check_monitor(config.name, setting)

@@ -161,8 +161,10 @@ def test_a_shape_in_model_toml_settles_what_the_artifact_leaves_free() -> None:
     assert effective.signature.outputs[0].shape == (-1, 3)
 
 
-def test_labels_go_with_the_classes() -> None:
-    effective = settle(TOP + '[[output]]\nname = "scores"\nlabels = "labels.txt"\n', labels=LABELS)
+@pytest.mark.parametrize("name", ["scores", "scores_classes"])
+def test_labels_go_with_the_classes(name: str) -> None:
+    config = parse_model_toml(f'{TOP}[[output]]\nname = "{name}"\nlabels = "labels.txt"\n'.encode(), "m")
+    effective = resolve(config, artifact(), backend="b", platform="p", filename="f", labels={name: LABELS})
     assert effective.labels == {"scores_classes": LABELS}
     assert {each.name: each.labels for each in effective.config.outputs} == {"scores": None, "scores_classes": "labels.txt"}
 
