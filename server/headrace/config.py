@@ -298,8 +298,8 @@ class PostprocessConfig:
     softmax: bool = _option(False, "Probabilities (FP32) in place of scores, along the last dimension.")
     top_k: int = _option(
         0,
-        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the classes that they "
-        "are of (INT32). 0: all.",
+        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the "
+        "classes that they are of (INT32). 0: all.",
         minimum=0,
     )
 
