@@ -63,7 +63,7 @@ def _softmax(values: NDArray[np.float32]) -> NDArray[np.float32]:
     if not values.size:
         return values.copy()
     with np.errstate(invalid="ignore"):  # inf - inf
-        powers = np.exp(values - values.max(axis=-1, keepdims=True))
+        powers: NDArray[np.float32] = np.exp(values - values.max(axis=-1, keepdims=True))
         powers /= powers.sum(axis=-1, keepdims=True)
     return powers
 

@@ -145,7 +145,7 @@ async def test_a_step_that_does_not_fit_the_model_is_a_reason_and_serves_nothing
     toml = models / "digits_image" / "model.toml"
     toml.write_text(toml.read_text().replace("top_k = 3", "top_k = 11"))
     async with serve_in_process(models) as server:
-        (row,) = [row for row in server.models.index() if row.name == "digits_image"]
+        (row,) = [row for row in server.models.index() if row.model == "digits_image"]
         assert row.reason.startswith("[[postprocess]] of output 'scores' of 'digits_image': top_k: expected at most 10 classes, got 11")
 
 
@@ -198,7 +198,7 @@ async def test_drift_and_captures_are_of_what_clients_send_and_get(tmp_path: Pat
 async def test_a_reference_is_made_of_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = repository(tmp_path)
     np.savez(tmp_path / "data.npz", image=np.concatenate([drawn(20, 30)] * 4))
-    arguments = ["drift", "profile", "--model", str(models / "digits_image"), str(tmp_path / "data.npz")]
+    arguments = ["drift", "profile", "--model", str(models / "digits_image"), "--data", str(tmp_path / "data.npz")]
     assert await asyncio.to_thread(cli.main, arguments) == 0, capsys.readouterr().err
     assert (models / "digits_image" / "1" / "drift.msgpack").is_file()
     async with serve_in_process(models) as server:

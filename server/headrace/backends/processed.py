@@ -156,7 +156,3 @@ class _ProcessedPipeline(_Processed, PipelinedBackend):
         staged, self._staged = self._staged, {}
         names, finish = self._steps.ask(outputs)
         return _ProcessedPending(self._inner.launch(self._steps.prepare(inputs, staged), names), finish)
-
-    def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
-        """By the one inside: it may have a better way than to launch and to wait."""
-        return _Processed.execute(self, inputs, outputs)

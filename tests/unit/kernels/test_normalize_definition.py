@@ -121,7 +121,7 @@ def test_the_other_layout_has_the_same_values(size: tuple[int, int] | None, data
 
 def nearest(value: float, candidates: Array) -> int:
     """The place of the nearest, of two equally near ones the even. Past the largest number an infinity stands for the next one."""
-    distances = np.abs(candidates - value)
+    distances = np.abs(candidates - min(value, candidates[-1]))
     best = np.flatnonzero(distances == distances.min())
     return int(best[0] if len(best) == 1 or best[0] % 2 == 0 else best[1])
 
