@@ -212,7 +212,6 @@ def describe(effective: EffectiveModel) -> list[tuple[str, str, str]]:
             shape = ",".join(str(dim) for dim in spec.shape)
             text = f"{spec.datatype.value} [{shape}]" + (" optional" if spec.optional else "")
             rows.append((f"{kind} {spec.name}", text, origin.get(f"{kind}.{spec.name}", effective.filename)))
-    rows += [(f"{what} {name}", text, "model.toml") for (what, name), text in effective.steps.items()]
     return rows
 
 

@@ -19,7 +19,7 @@ from headrace.backends.processing import Processing, classes_of
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.config_loading import option_keys
 from headrace.errors import ConfigError, LoadError
-from headrace.lifecycle.processing import Steps, Visible, apply_processing
+from headrace.lifecycle.processing import Visible, apply_processing
 from headrace.model_files import load_labels
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 
@@ -34,8 +34,7 @@ class EffectiveModel:
 
     `batching.max_batch_size` is a number and equals `signature.max_batch_size`; `provenance` maps a dotted key to where its
     value came from; `notes` are sentences worth showing at load and in `headrace check`; `labels` are by output name. `signature`,
-    `config` and `labels` are of the tensors that clients see, `artifact` of those before and after `processing`; `steps` says in words
-    what is done to each.
+    `config` and `labels` are of the tensors that clients see, `artifact` of what the model takes and gives between its `processing`.
     """
 
     config: ModelConfig
@@ -50,7 +49,6 @@ class EffectiveModel:
     notes: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     processing: Processing = dataclasses.field(default_factory=Processing)
-    steps: Steps = dataclasses.field(default_factory=dict)
 
     @property
     def output_names(self) -> list[str]:
@@ -140,10 +138,9 @@ def resolve(
         instances=config.instances,
         artifact=artifact,
         provenance=_provenance(config, artifact, filename, reason),
-        notes=(*config.notes, *_batching_notes(config, artifact, size, reason)),
+        notes=(*config.notes, *_batching_notes(config, artifact, size, reason), *seen.notes),
         labels=seen.labels,
         processing=seen.processing,
-        steps=seen.steps,
     )
 
 

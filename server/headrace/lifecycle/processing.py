@@ -15,8 +15,6 @@ from headrace.errors import ConfigError, LoadError
 from headrace.signature import DataType, Shape, TensorSpec, format_shape
 
 Labels = Mapping[str, tuple[str, ...]]
-Steps = Mapping[tuple[str, str], str]
-"""What is done, in words, by "preprocess" or "postprocess" and the tensor's name in the artifact."""
 
 _TAKEN: Mapping[DataType, Literal["float32", "float16", "bfloat16"]] = {
     DataType.FP32: "float32",
@@ -28,14 +26,15 @@ _SCORES = (DataType.FP32, DataType.FP16, DataType.BF16, DataType.FP64)
 
 @dataclass(frozen=True, slots=True)
 class Visible:
-    """What clients see. `config` and `labels` say of those tensors what they said of the artifact's."""
+    """What clients see. `config` and `labels` say of those tensors what they said of the artifact's. `notes`: what is done, a sentence
+    for each tensor."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     processing: Processing
     config: ModelConfig
     labels: Labels
-    steps: Steps
+    notes: tuple[str, ...]
 
 
 def apply_processing(config: ModelConfig, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], labels: Labels) -> Visible:
@@ -51,8 +50,8 @@ def apply_processing(config: ModelConfig, inputs: Sequence[TensorSpec], outputs:
     seen = [_image(spec, normalize[spec.name], before[spec.name]) if spec.name in normalize else spec for spec in inputs]
     given = [each for spec in outputs for each in _answers(spec, take.get(spec.name))]
     _check_free(config.name, outputs, take)
-    steps = {("preprocess", spec.name): _describe_input(spec, normalize[spec.name]) for spec in inputs if spec.name in normalize}
-    steps |= {("postprocess", name): _describe_output(step) for name, step in take.items()}
+    notes = [f"input '{spec.name}': {_describe_input(spec, normalize[spec.name])}" for spec in inputs if spec.name in normalize]
+    notes += [f"output '{name}': {_describe_output(step)}" for name, step in take.items()]
     ranked = {name for name, step in take.items() if isinstance(step, TopK)}
     return Visible(
         tuple(seen),
@@ -65,7 +64,7 @@ def apply_processing(config: ModelConfig, inputs: Sequence[TensorSpec], outputs:
             feedback=_feedback(config.feedback, outputs, ranked, labels),
         ),
         {classes_of(name) if name in ranked else name: names for name, names in labels.items()},
-        steps,
+        tuple(notes),
     )
 
 

@@ -57,7 +57,7 @@ def test_clients_send_bytes_of_any_size_where_images_are_resized() -> None:
     assert effective.artifact == artifact()
     assert effective.processing.inputs == {"image": Normalize(size=(224, 224))}
     assert effective.provenance["input.image"] == "model.toml [[preprocess]]"
-    assert effective.steps["preprocess", "image"].startswith("resized to 224 x 224, antialiased; x * 0.00392157; FP32 [-1,3,224,224] NCHW")
+    assert effective.notes == ("input 'image': resized to 224 x 224, antialiased; x * 0.00392157; FP32 [-1,3,224,224] NCHW to the model",)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +86,7 @@ def test_the_largest_are_two_outputs() -> None:
     assert effective.signature.outputs[:2] == (TensorSpec("scores", FP32, (-1, 3)), TensorSpec("scores_classes", INT32, (-1, 3)))
     assert [spec.name for spec in effective.signature.outputs] == ["scores", "scores_classes", "embedding"]
     assert effective.processing.outputs == {"scores": TopK(3, softmax=True)}
+    assert effective.notes == ("output 'scores': softmax, the 3 largest and their classes",)
     assert effective.processing.visible_outputs(effective.output_names) == ["scores", "scores_classes", "embedding"]
 
 
