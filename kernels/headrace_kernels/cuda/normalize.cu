@@ -155,7 +155,6 @@ DEVICE void resize(const u8* images, const i64* table, T* into, i64 rows, const 
     }
 #define NORMALIZE_CHANNELS(layout, PLANES, T, t) \
     NORMALIZE(layout, PLANES, T, t, 1)           \
-    NORMALIZE(layout, PLANES, T, t, 2)           \
     NORMALIZE(layout, PLANES, T, t, 3)           \
     NORMALIZE(layout, PLANES, T, t, 4)
 #define NORMALIZE_TYPES(layout, PLANES)                    \

@@ -1,13 +1,12 @@
 // Non-finite values, minimum, maximum, sum and sum of squares, by feature and by request in one pass. Definition: screen.py.
 //
-// A warp takes 4 features a lane and `rows_each` rows, four of them in flight. By feature it keeps sums in registers; the eight warps
+// A warp takes four features a lane (two of int64) and `rows_each` rows, four of them in flight. By feature it keeps sums in registers; the eight warps
 // of a block add theirs up in shared memory, then in the result. By request the warp reduces its lanes when the request changes.
 // Sums are in fp64: a square of an fp32 number is exact there. Their order is not fixed, so their last bits are not either.
 #include "common.cuh"
 
 constexpr int LANES = 32;
 constexpr int WARPS = 8;
-constexpr int SCREEN_V = 4;      // features a lane
 constexpr int SCREEN_ROWS = 4;   // loads in flight
 
 struct Record { double sum; double squares; float minimum; float maximum; u32 nonfinite; u32 finite; };
@@ -82,20 +81,21 @@ KERNEL(256, 4) screen_reset(Record* records, i64 count) {
 
 template <typename S>
 DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, Record* by_feature, Record* by_request, int rows_each) {
-    i64 feature = ((i64)blockIdx.x * LANES + threadIdx.x) * SCREEN_V;
-    i64 valid = larger(0, smaller(SCREEN_V, features - feature));
+    constexpr int V = sizeof(S) == 8 ? 2 : 4;
+    i64 feature = ((i64)blockIdx.x * LANES + threadIdx.x) * V;
+    i64 valid = larger(0, smaller(V, features - feature));
     i64 first = ((i64)blockIdx.y * WARPS + threadIdx.y) * rows_each;
     i64 last = smaller(rows, first + rows_each);
-    bool wide = is_aligned<S, SCREEN_V>(values) && features % SCREEN_V == 0;
-    Record mine[SCREEN_V], request = nothing();
+    bool wide = is_aligned<S, V>(values) && features % V == 0;
+    Record mine[V], request = nothing();
 #pragma unroll
-    for (int i = 0; i < SCREEN_V; ++i) mine[i] = nothing();
+    for (int i = 0; i < V; ++i) mine[i] = nothing();
     int owner = -1;
     for (i64 row = first; row < last; row += SCREEN_ROWS) {
-        Pack<S, SCREEN_V> loaded[SCREEN_ROWS];
+        Pack<S, V> loaded[SCREEN_ROWS];
 #pragma unroll
         for (int u = 0; u < SCREEN_ROWS; ++u)
-            if (row + u < last) loaded[u] = load_pack<S, SCREEN_V>(values + (row + u) * features + feature, valid, wide, S());
+            if (row + u < last) loaded[u] = load_pack<S, V>(values + (row + u) * features + feature, valid, wide, S());
 #pragma unroll
         for (int u = 0; u < SCREEN_ROWS; ++u) {
             int next = row + u < last ? __ldg(owners + row + u) : -1;    // one for the whole warp
@@ -106,7 +106,7 @@ DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, R
             }
             owner = next;
 #pragma unroll
-            for (int i = 0; i < SCREEN_V; ++i) {
+            for (int i = 0; i < V; ++i) {
                 if (i >= valid) continue;
                 Record one = nothing();
                 take(one, to_float(loaded[u].items[i]));
@@ -117,11 +117,11 @@ DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, R
     }
     if (by_request && owner >= 0) add_lanes(by_request + owner, request);
     if (!by_feature) return;
-    __shared__ Record shared[WARPS][LANES * SCREEN_V];
+    __shared__ Record shared[WARPS][LANES * V];
 #pragma unroll
-    for (int i = 0; i < SCREEN_V; ++i) shared[threadIdx.y][i * LANES + threadIdx.x] = mine[i];
+    for (int i = 0; i < V; ++i) shared[threadIdx.y][i * LANES + threadIdx.x] = mine[i];
     __syncthreads();
-    if (threadIdx.y >= SCREEN_V) return;
+    if (threadIdx.y >= V) return;
     Record all = nothing();
 #pragma unroll
     for (int warp = 0; warp < WARPS; ++warp) join(all, shared[warp][threadIdx.y * LANES + threadIdx.x]);
