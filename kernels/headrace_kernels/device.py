@@ -117,8 +117,8 @@ class Kernels:
         """
         raise NotImplementedError
 
-    def softmax(self, stream: Stream | GraphBuilder, *, scores: int, into: int, rows: int, classes: int, source: str, target: str) -> None:
-        """topk.Softmax of [rows, classes]. `source`: FLOATS; `target`: float32 or `source`. May be in place where the types are equal."""
+    def softmax(self, stream: Stream | GraphBuilder, *, scores: int, into: int, rows: int, classes: int, datatype: str) -> None:
+        """topk.Softmax of [rows, classes] of FLOATS: fp32 `into`, which may be `scores` where that is fp32 too."""
         raise NotImplementedError
 
     def topk(
@@ -132,13 +132,9 @@ class Kernels:
         classes: int,
         k: int,
         softmax: bool,
-        source: str,
-        target: str,
+        datatype: str,
     ) -> None:
-        """topk.TopK of [rows, classes]: `values` [rows, k] of `target` and `indices` int32 [rows, k]. 1 <= k <= classes.
-
-        `source`: FLOATS; `target`: float32 or `source`.
-        """
+        """topk.TopK of [rows, classes] of FLOATS: `values` fp32 [rows, k] and `indices` int32 [rows, k]. 1 <= k <= classes."""
         raise NotImplementedError
 
 

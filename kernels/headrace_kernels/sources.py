@@ -23,13 +23,12 @@ _INCLUDE = re.compile(r'^#include "([\w.]+)"\n', re.MULTILINE)
 
 def kernel_names() -> dict[str, tuple[str, ...]]:
     """Of each source, without its suffix, the kernels in it."""
-    to_floats = [(source, target) for source, target in product(FLOATS, FLOATS) if target in ("float32", source)]
     return {
         "gather": tuple(f"gather_{source}_{target}" for source, target in product(DATATYPES, DATATYPES)),
         "normalize": tuple("_".join(parts) for parts in product(("normalize", "resize"), ("nchw", "nhwc"), FLOATS, map(str, CHANNELS))),
         "screen": ("screen_reset", *(f"screen_{datatype}" for datatype in DATATYPES)),
         "histogram": tuple(f"histogram_{where}_{datatype}" for where, datatype in product(("shared", "global"), DATATYPES)),
-        "topk": tuple(f"{kernel}_{team}_{s}_{t}" for kernel, team, (s, t) in product(("softmax", "topk"), ("warp", "block"), to_floats)),
+        "topk": tuple("_".join(parts) for parts in product(("softmax", "topk"), ("warp", "block"), FLOATS)),
     }
 
 

@@ -71,14 +71,14 @@ template <typename Team, typename S> DEVICE Exponentials exponentials(const S* r
     return result;
 }
 
-template <typename Team, typename S, typename T> DEVICE void softmax(const S* scores, T* into, i64 rows, u32 classes) {
+template <typename Team, typename S> DEVICE void softmax(const S* scores, float* into, i64 rows, u32 classes) {
     i64 at = Team::row();
     if (at >= rows) return;    // all of the team, or none
     const S* row = scores + at * classes;
     Exponentials all = exponentials<Team>(row, classes);
 #pragma unroll 4
     for (u32 i = Team::thread(); i < classes; i += Team::THREADS)
-        into[at * classes + i] = Cast<T>::from(expf(to_float(row[i]) - all.top) / all.sum);
+        into[at * classes + i] = expf(to_float(row[i]) - all.top) / all.sum;
 }
 
 // The largest key below `bound` among the classes first, first + step, ...
@@ -101,8 +101,8 @@ template <typename S> DEVICE u64 next_best(Block, const S* row, u32 classes, u64
     return winner == Block::thread() ? next : best;
 }
 
-template <typename Team, typename S, typename T>
-DEVICE void topk(const S* scores, T* values, int* indices, i64 rows, u32 classes, u32 k, bool with_softmax) {
+template <typename Team, typename S>
+DEVICE void topk(const S* scores, float* values, int* indices, i64 rows, u32 classes, u32 k, bool with_softmax) {
     i64 at = Team::row();
     if (at >= rows) return;
     const S* row = scores + at * classes;
@@ -113,26 +113,24 @@ DEVICE void topk(const S* scores, T* values, int* indices, i64 rows, u32 classes
         u64 taken = Team::reduce(best, Larger());
         if (Team::thread() == 0) {
             float value = to_float(row[class_of(taken)]);
-            values[at * k + rank] = Cast<T>::from(with_softmax ? expf(value - all.top) / all.sum : value);
+            values[at * k + rank] = with_softmax ? expf(value - all.top) / all.sum : value;
             indices[at * k + rank] = (int)class_of(taken);
         }
         if (rank + 1 < k) best = next_best(Team(), row, classes, best, taken);
     }
 }
 
-#define TOPK(team, Team, threads, blocks, S, s, T, t)                                                                               \
-    KERNEL(threads, blocks) softmax_##team##_##s##_##t(const S* scores, T* into, i64 rows, u32 classes) {                           \
-        softmax<Team, S, T>(scores, into, rows, classes);                                                                           \
+#define TOPK(team, Team, threads, blocks, S, s)                                                                                     \
+    KERNEL(threads, blocks) softmax_##team##_##s(const S* scores, float* into, i64 rows, u32 classes) {                             \
+        softmax<Team, S>(scores, into, rows, classes);                                                                              \
     }                                                                                                                               \
-    KERNEL(threads, blocks) topk_##team##_##s##_##t(const S* scores, T* values, int* indices, i64 rows, u32 classes, u32 k,         \
+    KERNEL(threads, blocks) topk_##team##_##s(const S* scores, float* values, int* indices, i64 rows, u32 classes, u32 k,           \
         int with_softmax) {                                                                                                         \
-        topk<Team, S, T>(scores, values, indices, rows, classes, k, with_softmax != 0);                                             \
+        topk<Team, S>(scores, values, indices, rows, classes, k, with_softmax != 0);                                                \
     }
-#define TOPK_TEAMS(S, s, T, t)                                  \
-    TOPK(warp, Warp, 32 * ROWS_A_BLOCK, 8, S, s, T, t)          \
-    TOPK(block, Block, TEAM, 4, S, s, T, t)
-TOPK_TEAMS(float, float32, float, float32)
-TOPK_TEAMS(half_t, float16, float, float32)
-TOPK_TEAMS(half_t, float16, half_t, float16)
-TOPK_TEAMS(bfloat_t, bfloat16, float, float32)
-TOPK_TEAMS(bfloat_t, bfloat16, bfloat_t, bfloat16)
+#define TOPK_TEAMS(S, s)                          \
+    TOPK(warp, Warp, 32 * ROWS_A_BLOCK, 8, S, s)  \
+    TOPK(block, Block, TEAM, 4, S, s)
+TOPK_TEAMS(float, float32)
+TOPK_TEAMS(half_t, float16)
+TOPK_TEAMS(bfloat_t, bfloat16)
