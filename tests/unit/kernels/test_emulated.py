@@ -53,7 +53,7 @@ def run_gather(emulator: Emulator, slab, table, width: int, source: str, target:
     return whole[skew:].reshape(rows, width), mask
 
 
-@pytest.mark.parametrize(("source", "target"), product(DATATYPES, DATATYPES))
+@pytest.mark.parametrize(("source", "target"), list(product(DATATYPES, DATATYPES)))
 def test_gather_casts_every_type_to_every_other(emulator: Emulator, generator: np.random.Generator, source: str, target: str) -> None:
     width = int(generator.integers(1, 200))
     requests = [numbers(generator, (int(generator.integers(1, 4)), width), source) for _ in range(3)]
@@ -91,8 +91,8 @@ NORMALIZE = {
 }
 
 
-@pytest.mark.parametrize("how", NORMALIZE.values(), ids=NORMALIZE.keys())
-@pytest.mark.parametrize(("layout", "datatype"), product(("NCHW", "NHWC"), FLOATS))
+@pytest.mark.parametrize("how", list(NORMALIZE.values()), ids=list(NORMALIZE))
+@pytest.mark.parametrize(("layout", "datatype"), list(product(("NCHW", "NHWC"), FLOATS)))
 def test_normalize(emulator: Emulator, generator: np.random.Generator, how: Normalize, layout: str, datatype: str) -> None:
     for height, width, channels in ((48, 80, 3), (37, 59, 3), (40, 41, 1), (33, 64, 4)):
         mean, deviation = (values if channels == 3 else (values * channels)[:channels] for values in (how.mean, how.deviation))
