@@ -36,9 +36,8 @@ def build(directory: Path) -> Path:
     if compiler is None:
         raise RuntimeError("g++ was not found on PATH")
     source, library = directory / "emulation.cpp", directory / "emulation.so"
-    entries = "\n".join(
-        f'    {{"{name}", {{Entry<{name}, decltype(&{name})>::call, parameters(&{name})}}}},' for names in kernel_names().values() for name in names
-    )
+    names = [name for names in kernel_names().values() for name in names]
+    entries = "\n".join(f'{{"{name}", {{Entry<{name}, decltype(&{name})>::call, parameters(&{name})}}}},' for name in names)
     source.write_text(_MAIN.replace("ENTRIES", entries))
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command = [compiler, *flags, "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{HERE}", f"-I{DIRECTORY}", "-o", str(library), str(source)]

@@ -38,7 +38,9 @@ def gather(slab: Array, table: Array, width: int, source: str, target: str, pad:
     1 where an element came from the slab. Elements beyond `width` are cut off."""
     dtype = storage(source)
     batch = np.empty((len(table), width), storage(target))
-    batch[:] = cast(np.asarray([pad], np.int64 if isinstance(pad, int) else np.float32), "int64" if isinstance(pad, int) else "float32", target)
+    batch[:] = cast(
+        np.asarray([pad], np.int64 if isinstance(pad, int) else np.float32), "int64" if isinstance(pad, int) else "float32", target
+    )
     mask = cast(np.zeros(batch.shape, np.uint8), "uint8", target)
     one = cast(np.ones(1, np.uint8), "uint8", target)
     for row, (offset, length) in enumerate(table.tolist()):

@@ -17,7 +17,9 @@ values are NaN or infinite. 32 bytes, as the kernel writes them."""
 
 
 def screen(values: Array, owners: Array, requests: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """([features], [requests]) of RECORD of [rows, features] values, taken as fp32; uint16 holds the bits of bfloat16. `owners` [rows]: the request of each row, -1: padding.
+    """([features], [requests]) of RECORD of [rows, features] values, taken as fp32; uint16 holds the bits of bfloat16.
+
+    `owners` [rows]: the request of each row; -1: padding, not looked at.
 
     Sums and squares are of fp32 numbers in fp64, where each square is exact; only their additions round, in any order. So two
     results differ by no more than values * 2^-53 times the sum of the magnitudes (`sum_tolerance`). Everything else is exact.

@@ -68,9 +68,7 @@ def test_gather_casts_every_type_to_every_other(emulator: Emulator, generator: n
 
 @pytest.mark.parametrize(("source", "target"), [("int64", "int64"), ("int32", "int64"), ("uint8", "uint8"), ("float16", "float32")])
 @pytest.mark.parametrize("skew", [0, 1])
-def test_ragged_rows_are_padded_and_masked(
-    emulator: Emulator, generator: np.random.Generator, source: str, target: str, skew: int
-) -> None:
+def test_ragged_rows_are_padded_and_masked(emulator: Emulator, generator: np.random.Generator, source: str, target: str, skew: int) -> None:
     for width in (1, 15, 16, 17, 4099):
         rows = [numbers(generator, (int(length),), source) for length in (0, width, *generator.integers(0, width + 3, 4))]
         slab, offsets = slab_of(generator, rows, ITEMSIZE[source])
@@ -221,9 +219,7 @@ def gather_to_fp32(values: np.ndarray, datatype: str) -> np.ndarray:
 @pytest.mark.parametrize("datatype", FLOATS)
 @pytest.mark.parametrize(("rows", "classes", "k"), [(1, 1, 1), (5, 7, 7), (6, 1000, 5), (9, 33, 10), (2, 1025, 5), (2, 3001, 40)])
 @pytest.mark.parametrize("softmax", [False, True])
-def test_topk(
-    emulator: Emulator, generator: np.random.Generator, datatype: str, rows: int, classes: int, k: int, softmax: bool
-) -> None:
+def test_topk(emulator: Emulator, generator: np.random.Generator, datatype: str, rows: int, classes: int, k: int, softmax: bool) -> None:
     scores = numbers(generator, (rows, classes), datatype, special=0)
     # Many ties, and in some rows what is special.
     scores[:, ::3] = numbers(generator, (rows, 1), datatype, special=0)
