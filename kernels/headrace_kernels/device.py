@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 class Kernels:
     """The kernels on one device. Raises KernelsUnavailable, when made or at a kernel's first launch, with what is missing.
 
-    Its state is what has been loaded. A kernel is loaded at its first launch, and compiled where there is no fatbin: not within a graph's
-    capture, so launch once before, or `load` it. Use it from one thread at a time, with the device's context current (`cuda.core.Device(device_id).set_current()` on that thread).
-    Every launcher raises ValueError, before anything is launched, for sizes or types that its kernel does not take.
+    Its state is what has been loaded. A kernel is loaded at its first launch, and compiled then where there is no fatbin: launch once, or
+    `load`, before a graph is captured. Use it from one thread at a time, with the device's context current on that thread
+    (`cuda.core.Device(device_id).set_current()`). Every launcher raises ValueError, before anything is launched, for sizes or types that
+    its kernel does not take.
     """
 
     def __init__(self, device_id: int = 0, fatbin: Path | None = None, cache: Path | None = None) -> None:
