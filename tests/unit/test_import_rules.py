@@ -150,7 +150,7 @@ ADAPTERS = (
     "headrace.sources.mlflow",
     "headrace.sources.mlflow_destination",
 )
-"""Each is a runtime or a kind of place. Two that belong to the same one (its source and destination, its CPU and GPU) may import each other."""
+"""Each is a runtime or a kind of place. Two of the same one (its source and destination, its CPU and GPU) may import each other."""
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:

@@ -70,9 +70,7 @@ class DeviceProcessing:
         if not math.prod(shape):
             return
         step: Normalize = self._inputs[name]
-        self._launcher.normalize(
-            stream, images=images, into=into, rows=rows, height=height, width=width, channels=channels, normalize=step
-        )
+        self._launcher.normalize(stream, images=images, into=into, rows=rows, height=height, width=width, channels=channels, normalize=step)
 
     def visible(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
         """What clients see of one of the artifact's outputs, by name."""

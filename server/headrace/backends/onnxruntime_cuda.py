@@ -271,7 +271,9 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
                 lane.download(visible.size)
                 return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names])
         if self._is_dynamic and self._has_graphs:
-            raise BackendError("onnxruntime option 'cuda_graph': the model's output shapes depend on its values; leave it out for this model")
+            raise BackendError(
+                "onnxruntime option 'cuda_graph': the model's output shapes depend on its values; leave it out for this model"
+            )
         visible, held = self._run_by_name(lane, layout, key)
         lane.download(0)
         return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names], held)
@@ -377,7 +379,9 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     def _lay_out_scratch(self, layout: Layout, outputs: Mapping[str, tuple[int, ...]]) -> Layout:
         """What kernels write for the model, by its inputs' names, and what they read of it."""
         assert self._kernels is not None
-        tensors = {name: self._kernels.normalized(name, layout.places[name].shape) for name in filter(self._kernels.is_input, layout.places)}
+        tensors = {
+            name: self._kernels.normalized(name, layout.places[name].shape) for name in filter(self._kernels.is_input, layout.places)
+        }
         for name in filter(self._kernels.is_output, outputs):
             tensors[_after(name)] = (outputs[name], self._outputs[name].datatype.dtype)
         return lay_out(tensors)
