@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headrace.backends.base import Array, ArtifactSignature, Pending, PipelinedBackend
-from headrace.backends.cuda import Gpu, device_error, is_device_lost, open_device
+from headrace.backends.cuda import Gpu, device_error, device_ordinal, is_device_lost, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place, lay_out
 from headrace.backends.cuda_processing import DeviceProcessing, Tensor, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
@@ -101,6 +101,10 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     # -- load and close ------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> str:
+        return f"cuda:{device_ordinal(self.instance.device)}"
+
+    @property
     def device_memory(self) -> int:
         """Bytes of the device that loading and warming up took, of whichever instance did so at that time."""
         return self._device_memory
@@ -150,7 +154,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
 
     def _open_device(self) -> Gpu:
         if reason := gpu_unavailable():
-            raise LoadError(f"device '{self.instance.device}': {reason}; use 'cpu'")
+            raise LoadError(f"device '{self.instance.device}': {reason}")
         load_libraries()
         return open_device(self.instance.device)
 
