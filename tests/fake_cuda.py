@@ -137,15 +137,14 @@ class NumpyKernels:
         result = normalize(at(images, (rows, height, width, channels), np.uint8))
         at(into, result.shape, result.dtype)[...] = result
 
-    def softmax(self, stream: object, *, scores: int, into: int, rows: int, classes: int, source: str, target: str) -> None:
-        at(into, (rows, classes), target)[...] = Softmax()(at(scores, (rows, classes), source))
+    def softmax(self, stream: object, *, scores: int, into: int, rows: int, classes: int, datatype: str) -> None:
+        at(into, (rows, classes), "float32")[...] = Softmax()(at(scores, (rows, classes), datatype))
 
     def topk(
-        self, stream: object, *, scores: int, values: int, indices: int, rows: int, classes: int, k: int, softmax: bool, source: str,
-        target: str,
-    ) -> None:  # fmt: skip
-        found, chosen = TopK(k, softmax)(at(scores, (rows, classes), source))
-        at(values, (rows, k), target)[...] = found
+        self, stream: object, *, scores: int, values: int, indices: int, rows: int, classes: int, k: int, softmax: bool, datatype: str
+    ) -> None:
+        found, chosen = TopK(k, softmax)(at(scores, (rows, classes), datatype))
+        at(values, (rows, k), "float32")[...] = found
         at(indices, (rows, k), "int32")[...] = chosen
 
 

@@ -83,7 +83,7 @@ def test_every_datatype_comes_out_bit_for_bit(datatype: DataType, tmp_path: Path
         assert result.tobytes() == given.tobytes()
 
 
-@pytest.mark.parametrize("rows", [1, 3, 16, 0, 3])
+@pytest.mark.parametrize("rows", [1, 3, 16, 0])
 def test_answers_are_those_of_the_cpu(rows: int, tmp_path: Path) -> None:
     model = onnx_models.mlp(16, 64, 4)
     backend, reference = load(model, tmp_path), on_cpu(model, tmp_path)
@@ -169,7 +169,7 @@ def test_strings_run_as_on_the_cpu(tmp_path: Path) -> None:
 def test_a_model_that_fails_says_why_and_leaves_its_lane_free(tmp_path: Path) -> None:
     backend = load(onnx_models.identity(), tmp_path)
     for _ in range(3):
-        with pytest.raises(BackendError, match="onnxruntime: .*Got: 5 Expected: 4"):
+        with pytest.raises(BackendError, match=r"onnxruntime: .*Got: 5 Expected: 4"):
             backend.launch({"x": np.zeros((1, 5), np.float32)}, None)
     assert backend.execute({"x": np.ones((1, 4), np.float32)}, None)[0].sum() == 4
 
@@ -197,9 +197,7 @@ def test_a_lost_device_is_told_from_a_failed_batch(tmp_path: Path) -> None:
 
 def test_adopted_steps_run_on_the_device_with_their_definitions_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: NumpyKernels())
-    model = onnx_models.parse(
-        "g (float[N,3,4,4] x) => (float[N,48] scores, float[N,48] odds) { scores = Flatten(x) odds = Flatten(x) }"
-    )
+    model = onnx_models.parse("g (float[N,3,4,4] x) => (float[N,48] scores, float[N,48] odds) { scores = Flatten(x) odds = Flatten(x) }")
     steps = Processing({"x": Normalize(size=(4, 4), mean=(0.5, 0.4, 0.3))}, {"scores": TopK(2), "odds": Softmax()})
     backend = load(model, tmp_path, processing=steps)
     images = np.random.default_rng(1).integers(0, 256, (2, 8, 6, 3), np.uint8)
@@ -268,7 +266,10 @@ def test_a_model_larger_than_the_device_is_refused_before_it_is_read(tmp_path: P
 )
 def test_wrong_options_are_refused_on_every_device(options: Mapping[str, str], message: str, tmp_path: Path) -> None:
     path = onnx_models.save(onnx_models.identity(), tmp_path / VERSION)
-    for backend in (HostBackend(path, InstanceConfig(device="cuda", options=options)), OnnxRuntimeBackend(path, InstanceConfig(options=options))):
+    for backend in (
+        HostBackend(path, InstanceConfig(device="cuda", options=options)),
+        OnnxRuntimeBackend(path, InstanceConfig(options=options)),
+    ):
         with pytest.raises(LoadError) as caught:
             backend.load()
         assert message in str(caught.value)
@@ -277,7 +278,9 @@ def test_wrong_options_are_refused_on_every_device(options: Mapping[str, str], m
 
 def test_a_session_on_the_cpu_takes_the_gpus_options_and_leaves_them(tmp_path: Path) -> None:
     options = {"cuda_graph": "true", "gpu_mem_limit": "1000", "session.disable_cpu_ep_fallback": "true", "provider": "tensorrt"}
-    backend = OnnxRuntimeBackend(onnx_models.save(onnx_models.identity(), tmp_path / VERSION), InstanceConfig(device="cpu", options=options))
+    backend = OnnxRuntimeBackend(
+        onnx_models.save(onnx_models.identity(), tmp_path / VERSION), InstanceConfig(device="cpu", options=options)
+    )
     backend.load()
     assert backend.execute({"x": np.ones((1, 4), np.float32)}, None)[0].sum() == 4
 
@@ -309,7 +312,10 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     backend.launch({"x": np.ones((3, 4), np.float32)}, None).release()
     backend.launch({"x": np.ones((3, 4), np.float32)}, None).release()
     ids = [
-        plan.options.get_run_config_entry("gpu_graph_id") for plans in backend._plans for key, plan in plans.items() if key in backend._graphs
+        plan.options.get_run_config_entry("gpu_graph_id")
+        for plans in backend._plans
+        for key, plan in plans.items()
+        if key in backend._graphs
     ]
     assert sorted(ids) == ["1", "2", "3", "4"]
     assert backend._queued.get_run_config_entry("gpu_graph_id") == "-1"
