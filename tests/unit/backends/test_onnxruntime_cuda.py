@@ -13,7 +13,7 @@ import pytest
 from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
-from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
@@ -309,8 +309,10 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     backend = load(onnx_models.identity(), tmp_path, {"cuda_graph": "true"})
     for rows in (1, 2, 1):
         backend.execute({"x": np.ones((rows, 4), np.float32)}, None)
-    backend.launch({"x": np.ones((3, 4), np.float32)}, None).release()
-    backend.launch({"x": np.ones((3, 4), np.float32)}, None).release()
+    for rows in range(3, 200):  # more shapes than bindings are kept for
+        for _ in range(2):
+            backend.launch({"x": np.ones((rows, 4), np.float32)}, None).release()
+    assert [len(plans) for plans in backend._plans] == [KEPT_PLANS, KEPT_PLANS]
     ids = [
         plan.options.get_run_config_entry("gpu_graph_id")
         for plans in backend._plans
