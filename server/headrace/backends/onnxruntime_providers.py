@@ -32,7 +32,10 @@ def is_on_gpu(device: str) -> bool:
     if device != "auto":
         return device.partition(":")[0] == "cuda"
     reason = gpu_unavailable()
-    log.debug("device chosen", device="cpu" if reason else "cuda", reason=reason)
+    if reason:
+        # Who has installed the runtime for GPUs wants to hear of it.
+        say = log.info if CUDA in import_runtime().get_available_providers() else log.debug
+        say("device chosen", device="cpu", reason=reason)
     return not reason
 
 
