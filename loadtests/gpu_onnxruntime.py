@@ -257,7 +257,9 @@ class _Given:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="loadtests.gpu_onnxruntime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="loadtests.gpu_onnxruntime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_models_argument(parser)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)
