@@ -59,7 +59,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.backends.onnx_graph", "headrace.backends.processed", "headrace.lifecycle.processing"),
+    (
+        "headrace.sources.verification",
+        "headrace.backends.onnx_graph",
+        "headrace.backends.processed",
+        "headrace.lifecycle.processing",
+        "headrace.backends.cuda",
+        "headrace.backends.cuda_lanes",
+        "headrace.backends.cuda_processing",
+        "headrace.backends.onnxruntime_session",
+        "headrace.backends.onnxruntime_options",
+        "headrace.backends.onnxruntime_providers",
+    ),
     (
         "headrace.sources.cache",
         "headrace.sources.mlflow_registry",
@@ -68,6 +79,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.backends.onnxruntime",
+        "headrace.backends.onnxruntime_cuda",
         "headrace.plugins",
         "headrace.sources.directory",
         "headrace.sources.directory_destination",
@@ -148,6 +160,7 @@ PURE = (
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (
     "headrace.backends.onnxruntime",
+    "headrace.backends.onnxruntime_cuda",
     "headrace.sources.directory",
     "headrace.sources.directory_destination",
     "headrace.sources.object_store",
@@ -155,7 +168,7 @@ ADAPTERS = (
     "headrace.sources.mlflow",
     "headrace.sources.mlflow_destination",
 )
-"""Each is a runtime or a kind of place. Two that belong to the same one (its source and destination) may import each other."""
+"""Each is a runtime or a kind of place. Two of the same one (its source and destination, its CPU and GPU) may import each other."""
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -178,7 +191,7 @@ def belongs(module: str, names: tuple[str, ...]) -> bool:
 
 
 def place_of(module: str) -> str:
-    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination")
+    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination").removesuffix("_cuda")
 
 
 def violations(module: str, source: str) -> list[str]:
