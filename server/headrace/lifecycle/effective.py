@@ -51,10 +51,12 @@ def resolve_model(
     version_directory: Path,
     backends: BackendRegistry,
     known: ArtifactSignature | None = None,
+    *,
+    is_signed: bool = False,
 ) -> EffectiveModel:
     """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking.
 
-    `known`: what an artifact says that may have the same graph; then it is not opened for that.
+    `known`: what an artifact says that may have the same graph; then it is not opened for that. `is_signed`: as in Expected.
     """
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
@@ -65,6 +67,7 @@ def resolve_model(
     if Path(filename).name != filename:
         raise ConfigError(f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'")
     path = select_file(version_directory, filename)
+    backend.check_trusted(path, config.instances, is_signed=is_signed)
     graph = backend.graph_digest(path)
     artifact = known if known and graph and known.graph == graph else dataclasses.replace(backend.inspect(path), graph=graph)
     labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}

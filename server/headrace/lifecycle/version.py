@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 
-from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.base import Backend, BackendRegistry, Expected, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
@@ -304,7 +304,12 @@ class ModelVersion:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
-        workers = [Worker(f"{self.name}#{i}", backend(path, effective.instances)) for i in range(effective.instances.count)]
+        is_signed = self.inspection is not None and self.inspection.is_signed
+        expected = Expected(effective.artifact, effective.signature, effective.batching.allowed_batch_sizes, is_signed)
+        instances = [backend(path, effective.instances) for _ in range(effective.instances.count)]
+        for instance in instances:
+            instance.expect(expected)
+        workers = [Worker(f"{self.name}#{i}", instance) for i, instance in enumerate(instances)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
         self._workers = workers
