@@ -189,7 +189,7 @@ class Build:
             self._kill_now()
 
     def _kill_now(self) -> None:
-        """Under the lock, which `wait` is not: a process that was waited for has a returncode, and its number may be another's."""
+        """A process that was waited for has a returncode, and its number may be another's by now."""
         process = self._process
         if process is not None and process.returncode is None:
             try:
