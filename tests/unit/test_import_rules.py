@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.backends.onnx_graph"),
+    ("headrace.sources.verification", "headrace.backends.onnx_graph", "headrace.backends.cuda", "headrace.backends.cuda_lanes"),
     (
         "headrace.sources.cache",
         "headrace.sources.mlflow_registry",
