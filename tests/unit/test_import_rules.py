@@ -70,6 +70,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.lifecycle.view",
+        "headrace.lifecycle.placement",
+        "headrace.lifecycle.devices",
         "headrace.lifecycle.admission",
         "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
@@ -120,7 +122,8 @@ PURE = (
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
-    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
+    "headrace.lifecycle.placement",
+    "headrace.lifecycle.policy", "headrace.lifecycle.placement", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",

@@ -52,6 +52,18 @@ class Expected:
     is_signed: bool = False
 
 
+CPU = "cpu"
+"""The name of the device that is always there."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceSpace:
+    """A device that an instance can be loaded onto, by its name in model.toml, e.g. cuda:1, and the bytes that are free there."""
+
+    name: str
+    free: int
+
+
 class Backend(ABC):
     """One runtime. Raises LoadError from `inspect` and `load`, BackendError from `execute`; both with the runtime's own reason."""
 
@@ -96,6 +108,25 @@ class Backend(ABC):
 
         Raises ConfigError when the process has another pool already, or the runtime cannot.
         """
+
+    @classmethod
+    def devices(cls, device: str) -> Sequence[DeviceSpace]:
+        """Those among which the instances of a model whose model.toml says `device` are spread; each is then made with the name of its own
+        one there. None: there is nothing to choose, and `device` stays as it is. May wake a driver; never called on the event loop.
+
+        Raises LoadError when there is no such device.
+        """
+        return ()
+
+    @property
+    def device(self) -> str:
+        """Where it runs, once it is loaded."""
+        return CPU if self.instance.device == "auto" else self.instance.device
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes of the device's own memory that it was measured to take, loaded and warmed up. 0: none, or nobody knows."""
+        return 0
 
     def adopt(self, processing: Processing) -> bool:
         """Before `load`: take over what model.toml has done to tensors before and after the model, on the device. The tensors of `execute`
@@ -183,4 +214,6 @@ def select_file(directory: Path, filename: str) -> Path:
 BackendRegistry = Mapping[str, type[Backend]]
 
 
-__all__ = ["Array", "ArtifactSignature", "Backend", "BackendRegistry", "Expected", "Pending", "PipelinedBackend", "select_file"]
+__all__ = [
+    "CPU", "Array", "ArtifactSignature", "Backend", "BackendRegistry", "DeviceSpace", "Expected", "Pending", "PipelinedBackend", "select_file",
+]  # fmt: skip

@@ -15,7 +15,7 @@ from headrace.batching.batch_queue import NEVER, BatchQueue
 from headrace.batching.forecast import MARGIN, Forecast
 from headrace.batching.latency import LatencyStats, LatencyTable
 from headrace.config import BatchingConfig
-from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.errors import Cancelled, DeadlineExceeded, DeviceLost, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Answer, Outlet, Reply, Ticket
 from headrace.telemetry.counters import CounterShard, DispatchReason, DropCause, FailureReason
 
@@ -65,6 +65,7 @@ class Batcher:
         shard: CounterShard,
         schedule: Schedule = at_once,
         on_dropped: Callable[[Sequence[Ticket], HeadraceError], None] | None = None,
+        on_lost: Callable[[Instance, DeviceLost], None] | None = None,
     ) -> None:
         self._name = name
         self._delay = config.max_queue_delay
@@ -76,6 +77,7 @@ class Batcher:
         self._timer = timer
         self._schedule = schedule
         self._on_dropped = on_dropped
+        self._on_lost = on_lost
         self._armed = NEVER
         self._shard = shard
         self._lock = threading.Lock()
@@ -83,6 +85,8 @@ class Batcher:
         self._running: dict[Ticket, _Running] = {}
         """By the first ticket of the batch."""
         self._instances = 1
+        """As many as were seen free or running at once."""
+        self._lost: set[Instance] = set()
         self._refused_rows = 0
         self._refusing_since = NEVER
         self._unsettled = 0
@@ -192,7 +196,7 @@ class Batcher:
 
     def _wake_one(self) -> None:
         with self._lock:
-            instance = self._idle.pop() if self._idle and self._queue.requests else None
+            instance = self._pop_helper()
         if instance is not None:
             instance.wake()
 
@@ -210,7 +214,10 @@ class Batcher:
             if self._queue.has_deadlines:
                 expired = self._queue.expire(now)
             ready_at = self._ready_at()
-            if ready_at > now:
+            if instance in self._lost:
+                # It may have been woken for what is queued now.
+                tickets, ready_at, helper = [], NEVER, self._pop_helper()
+            elif ready_at > now:
                 tickets, helper = self._rest(instance), None
             else:
                 if self._queue.has_deadlines and self._queue.is_pressed(self.latencies, now):
@@ -249,7 +256,10 @@ class Batcher:
             return tickets, None
         if instance in self._idle:
             self._idle.remove(instance)
-        return tickets, self._idle.pop() if self._idle and queue.requests else None
+        return tickets, self._pop_helper()
+
+    def _pop_helper(self) -> Instance | None:
+        return self._idle.pop() if self._idle and self._queue.requests else None
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:
@@ -335,6 +345,26 @@ class Batcher:
                 ticket.is_settled = True
                 self._drop([ticket], _expired(ticket, self._name) if cause is DropCause.EXPIRED else _hopeless(ticket, self._name))
             self._release(len(late))
+
+    def lose(self, instance: Instance, error: DeviceLost) -> None:
+        """The instance runs nothing any more: it is given no batch from here on, and what is queued goes to the others. Whoever ran its
+        last batch settles that first. Any thread; without effect the second time. With the last one gone what is queued stays so: the
+        owner, who is told by `on_lost`, has it answered.
+        """
+        with self._lock:
+            if instance in self._lost:
+                return
+            self._lost.add(instance)
+            if instance in self._idle:
+                self._idle.remove(instance)
+            # Those that are about to look at the queue are counted again when they have.
+            self._instances = max(len(self._running) + len(self._idle), 1)
+            # It may have been the one that was to look again when a batch is due.
+            helper = self._pop_helper()
+        if helper is not None:
+            helper.wake()
+        if self._on_lost is not None:
+            self._on_lost(instance, error)
 
     def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
         """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""

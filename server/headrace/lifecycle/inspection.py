@@ -22,7 +22,7 @@ from headrace.sources.verification import verify_version
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time. `digest` is the
+    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time, on its devices too. `digest` is the
     manifest's sha256; both it and the manifest are there for published versions only."""
 
     effective: EffectiveModel
@@ -40,13 +40,16 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     directory = fetched.version_directory
     verified = verify_version(config, fetched.model_directory, directory)
     effective = resolve_model(config, fetched.model_directory, directory, backends, known, is_signed=verified.is_signed)
-    needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    backend = backends[effective.backend]
+    needed = backend.estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    spaces = backend.devices(effective.instances.device)
+    available = min([available_memory(), *([sum(space.free for space in spaces)] if spaces else [])])
     recorded = read_recorded(effective.signature, fetched.model_directory, directory)
     reference = _read_reference(effective, directory)
     # What it says of values is known to make sense before anything is loaded.
     make_checks(effective, reference, lambda *_: None)
     return Inspection(
-        effective, needed, available_memory(), verified.digest, verified.manifest, recorded, reference, is_signed=verified.is_signed
+        effective, needed, available, verified.digest, verified.manifest, recorded, reference, is_signed=verified.is_signed
     )
 
 

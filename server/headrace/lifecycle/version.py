@@ -11,17 +11,20 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
-from headrace.backends.base import Backend, BackendRegistry, Expected, select_file
+from headrace.backends.base import CPU, Backend, BackendRegistry, Expected, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
-from headrace.batching.batcher import Batcher, Schedule, Timer
-from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
+from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
+from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
+from headrace.config import InstanceConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
-from headrace.errors import HeadraceError, LoadError, NotReady
+from headrace.errors import DeviceLost, HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket
 from headrace.lifecycle.attachments import Attached, Attachment
+from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
@@ -43,6 +46,8 @@ from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
 
+T = TypeVar("T")
+
 LONGEST_JOIN = 30.0
 SHORTEST_JOIN = 1.0
 """Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
@@ -63,11 +68,12 @@ class ModelVersion:
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
+        devices: Devices,
         records: RequestRecords | None = None,
-        interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
         attachments: Sequence[Attachment] = (),
         on_change: Callable[[ModelVersion], None],
+        on_lost: Callable[[ModelVersion, Worker, str, DeviceLost], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,6 +86,8 @@ class ModelVersion:
         self.is_prepared = False
         self.displaces = False
         """Whether the version that served had to make room for it."""
+        self.is_lost = False
+        """Whether what it failed of is its devices."""
         self.inspection: Inspection | None = None
         self.memory_bytes = 0
         self.effective: EffectiveModel | None = None
@@ -89,21 +97,25 @@ class ModelVersion:
         self._timer = timer
         self._schedule = schedule
         self._records = records.of_version(want.model, want.version, self.counters.exemplars) if records is not None else None
-        self._interference = interference
+        self._devices = devices
         self._drift = drift
         self._watch: DriftWatch | None = None
         self._attachments = attachments
         self._attached: list[Attached] = []
         self._checks: ValueChecks | None = None
         self._on_change = on_change
+        self._on_lost = on_lost
         self._pause = pause
         self._clock = clock
         self._batcher: Batcher | None = None
         self._workers: list[Worker] = []
+        self._places: dict[Worker, str] = {}
+        """The device of each that serves."""
         self._runners: list[BatchRunner] = []
-        self._inspection_thread: threading.Thread | None = None
+        self._loop = asyncio.get_running_loop()
+        self._look_thread: threading.Thread | None = None
         self._fetched: Fetched | None = None
-        self._leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leave: asyncio.Future[None] = self._loop.create_future()
 
     def __repr__(self) -> str:
         return f"ModelVersion({self.model}:{self.version}, {self.state.value}, {self._batcher!r})"
@@ -127,8 +139,8 @@ class ModelVersion:
     @property
     def is_busy(self) -> bool:
         """Whether a thread of this version still runs, serving or left behind inside a call that cannot be interrupted."""
-        inspecting = self._inspection_thread is not None and self._inspection_thread.is_alive()
-        return inspecting or any(worker.is_alive for worker in self._workers)
+        is_looking = self._look_thread is not None and self._look_thread.is_alive()
+        return is_looking or any(worker.is_alive for worker in self._workers)
 
     @property
     def pending_rows(self) -> int:
@@ -208,7 +220,7 @@ class ModelVersion:
                 self.move(VersionState.VERIFYING)
                 before = predecessor()
                 known = before.effective.artifact if before is not None and before.effective is not None else None
-                inspection = await self._inspect(lambda: inspect(self.want.config, fetched, backends, known))
+                inspection = await self._look(lambda: inspect(self.want.config, fetched, backends, known))
             self.inspection = inspection
             self.is_prepared = True
             self._on_change(self)
@@ -224,6 +236,7 @@ class ModelVersion:
             self.abandon()
             raise
         except HeadraceError as error:
+            self.is_lost = isinstance(error, DeviceLost)
             self._fail(str(error))
             return
         except Exception:
@@ -234,25 +247,25 @@ class ModelVersion:
         self.move(VersionState.LIVE)
         self._log_live()
 
-    async def _inspect(self, look: Callable[[], Inspection]) -> Inspection:
-        """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact is
-        nothing that a stopping server waits for."""
-        result: Future[Inspection] = Future()
+    async def _look(self, look: Callable[[], T]) -> T:
+        """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact or waking
+        a driver is nothing that a stopping server waits for."""
+        result: Future[T] = Future()
 
         def run() -> None:
             result.set_running_or_notify_cancel()
             try:
                 with patient():
-                    inspection = look()
-                result.set_result(inspection)
+                    found = look()
+                result.set_result(found)
             except HeadraceError as error:
                 result.set_exception(error.with_traceback(None))
             except BaseException:
                 log.exception("version failed to load", model=self.model, version=self.version)
                 result.set_exception(LoadError("internal error while reading the model; the server's log has the reason"))
 
-        self._inspection_thread = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
-        self._inspection_thread.start()
+        self._look_thread = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
+        self._look_thread.start()
         return await asyncio.wrap_future(result)
 
     def abandon(self) -> None:
@@ -265,6 +278,7 @@ class ModelVersion:
         log.info("version load abandoned", model=self.model, version=self.version)
 
     def _release(self) -> None:
+        self._devices.release(self)
         fetched, self._fetched = self._fetched, None
         if fetched is not None:
             fetched.release()
@@ -304,12 +318,13 @@ class ModelVersion:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
+        instances = await self._place(effective.instances, backend)
+        backends = [backend(path, instance) for instance in instances]
         is_signed = self.inspection is not None and self.inspection.is_signed
         expected = Expected(effective.artifact, effective.signature, effective.batching.allowed_batch_sizes, is_signed)
-        instances = [backend(path, effective.instances) for _ in range(effective.instances.count)]
-        for instance in instances:
-            instance.expect(expected)
-        workers = [Worker(f"{self.name}#{i}", instance) for i, instance in enumerate(instances)]
+        for each in backends:
+            each.expect(expected)
+        workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
         self._workers = workers
@@ -328,8 +343,24 @@ class ModelVersion:
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
+            for worker, instance, result in zip(workers, instances, results, strict=True):
+                if isinstance(result, DeviceLost):
+                    self._on_lost(self, worker, instance.device, result)
             raise errors[0].with_traceback(None)
+        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
+        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
+        for device, reason in self._devices.find_lost(self._places.values()).items():
+            # While it was loaded, another version's batch found that out.
+            self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
+            raise DeviceLost(f"device '{device}' was lost: {reason}")
         return next(result for result in results if isinstance(result, WarmUp))
+
+    async def _place(self, instances: InstanceConfig, backend: type[Backend]) -> list[InstanceConfig]:
+        """Of each instance, with the device that is chosen for it."""
+        spaces = await self._look(lambda: backend.devices(instances.device))
+        needed = self.inspection.needed // instances.count if self.inspection is not None else 0
+        places = self._devices.place(self, self.model, instances.count, instances.device, needed, spaces)
+        return [dataclasses.replace(instances, device=place) for place in places]
 
     def _drift_subject(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> Subject | None:
         if self._drift is None:
@@ -345,7 +376,7 @@ class ModelVersion:
         table = LatencyTable(
             self.latencies,
             effective.signature.max_batch_size,
-            self._interference(effective.instances.device) if self._interference else None,
+            self._devices.interference(self._places.values()),
             is_stepped=bool(allowed),
             before=before,
         )
@@ -358,6 +389,7 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
+            on_lost=self._hear_of_loss,
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
         self._attached = [each for each in attached if each is not None]
@@ -391,6 +423,7 @@ class ModelVersion:
             backend=self.effective.backend,
             max_batch_size=self.effective.signature.max_batch_size,
             instances=self.effective.instances.count,
+            devices=sorted(set(self._places.values())),
             seconds=round(self.load_seconds, 3),
         )
 
@@ -407,6 +440,42 @@ class ModelVersion:
         for runner in self._runners:
             runner.screen_outputs = on
 
+    # -- lost devices --------------------------------------------------------------------------------------------------
+
+    def _hear_of_loss(self, instance: Instance, error: DeviceLost) -> None:
+        """From the instance's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop may be gone
+            self._loop.call_soon_threadsafe(self._lose, instance, error)
+
+    def _lose(self, instance: Instance, error: DeviceLost) -> None:
+        for worker, device in self._places.items():
+            if worker is instance:
+                self._on_lost(self, worker, device, error)
+                return
+
+    def instances_on(self, device: str) -> list[Worker]:
+        """Those that serve there."""
+        return [worker for worker, place in self._places.items() if place == device]
+
+    def take_out(self, workers: Sequence[Worker], error: DeviceLost) -> None:
+        """These run nothing any more; what waits goes to the others. Without others the version has failed, and what waits is refused."""
+        for worker in workers:
+            self._devices.drop(self, self._places.pop(worker), 1)
+            worker.stop()
+            if self._batcher is not None:
+                self._batcher.lose(worker, error)
+        log.error("instances lost", version=self.name, lost=len(workers), left=len(self._places), reason=str(error))
+        if self._places or self._batcher is None:
+            return
+        refusal = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state: {error}")
+        if self.state is VersionState.LIVE:
+            self.is_lost = True
+            self._batcher.stop_admitting(refusal, lambda: None)
+            self._fail(str(error))
+        self._batcher.fail_queued(refusal)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
     async def unload(self, grace: float, reason: str = "unloaded") -> None:
         """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
         deadline = time.monotonic() + grace
@@ -416,12 +485,20 @@ class ModelVersion:
             self.move(VersionState.UNLOADING, reason)
         elif self.state is VersionState.FAILED:
             self.move(VersionState.UNLOADED, self.reason)
+            await self.put_away(deadline)
             return
         else:
             return
+        await self.put_away(deadline)
+        self.move(VersionState.UNLOADED, reason)
+        log.info("version unloaded", model=self.model, version=self.version, reason=reason)
+
+    async def put_away(self, deadline: float = 0.0) -> None:
+        """Give everything back that serving took. Instances that are inside a call have until `deadline` to end it. Idempotent."""
         now = time.monotonic()
         self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
         self._batcher = None
+        self._places = {}
         self._runners = []
         if self._drift is not None and self._watch is not None:
             self._drift.forget(self._watch)
@@ -430,8 +507,6 @@ class ModelVersion:
             attached.close()
         self._attached = []
         self._release()
-        self.move(VersionState.UNLOADED, reason)
-        log.info("version unloaded", model=self.model, version=self.version, reason=reason)
 
     async def _drain(self, grace: float) -> None:
         assert self._batcher is not None
