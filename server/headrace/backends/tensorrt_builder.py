@@ -91,7 +91,7 @@ def describe_errors(get_error: Callable[[int], ParserError], count: int) -> str:
 def _choose_device(index: int) -> None:
     from headrace.backends.cuda import open_device
 
-    open_device(index)
+    open_device(f"cuda:{index}").make_current()
 
 
 def _check_inputs(network: INetworkDefinition) -> None:

@@ -51,7 +51,7 @@ class Device:
     name: str
     compute_capability: str
     driver: int
-    """Its major version."""
+    """The major version of CUDA that the driver has, which is what changes with the driver that TensorRT asks for."""
 
 
 @dataclass(frozen=True, slots=True)

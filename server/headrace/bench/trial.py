@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.backends.base import Array, Backend
+from headrace.backends.base import Array, ArtifactSignature, Backend, Expected
 from headrace.bench.choice import Sample
 from headrace.config import InstanceConfig
 from headrace.errors import HeadraceError, LoadError
@@ -93,7 +93,7 @@ def main() -> None:
 def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
     """In this process."""
     with ExitStack() as stack:
-        instances = [stack.enter_context(_Instance.open(backend(trial.path, trial.instance))) for _ in range(trial.instance.count)]
+        instances = [stack.enter_context(_Instance.open(_make(trial, backend))) for _ in range(trial.instance.count)]
         inputs = _find_inputs(trial, instances[0])
         samples: dict[int, Sample] = {}
         falls = 0
@@ -109,6 +109,12 @@ def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
             if falls == CLEAR_FALLS or longest > LONGEST_BATCH:
                 break
         return samples
+
+
+def _make(trial: Trial, backend: type[Backend]) -> Backend:
+    made = backend(trial.path, trial.instance)
+    made.expect(Expected(ArtifactSignature(trial.signature.inputs, trial.signature.outputs), trial.signature))
+    return made
 
 
 class _Instance:

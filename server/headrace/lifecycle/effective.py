@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
+from headrace.backends.base import ArtifactSignature, BackendRegistry, Expected, select_file
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.config_loading import option_keys
 from headrace.errors import ConfigError, LoadError
@@ -43,6 +43,10 @@ class EffectiveModel:
     provenance: Mapping[str, str]
     notes: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def expected(self, *, is_signed: bool = False) -> Expected:
+        """What an instance is told before it is loaded."""
+        return Expected(self.artifact, self.signature, self.batching.allowed_batch_sizes, is_signed)
 
 
 def resolve_model(

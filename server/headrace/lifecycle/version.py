@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from headrace.backends.base import CPU, Backend, BackendRegistry, Expected, select_file
+from headrace.backends.base import CPU, Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
 from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
@@ -321,9 +321,8 @@ class ModelVersion:
         instances = await self._place(effective.instances, backend)
         backends = [backend(path, instance) for instance in instances]
         is_signed = self.inspection is not None and self.inspection.is_signed
-        expected = Expected(effective.artifact, effective.signature, effective.batching.allowed_batch_sizes, is_signed)
         for each in backends:
-            each.expect(expected)
+            each.expect(effective.expected(is_signed=is_signed))
         workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)

@@ -74,6 +74,7 @@ def _loaded(subject: Subject, backends: BackendRegistry) -> Iterator[Backend]:
     effective = subject.effective
     path = select_file(subject.directory, effective.filename)
     backend = backends[effective.backend](path, replace(effective.instances, count=1))
+    backend.expect(effective.expected())
     backend.load()
     try:
         yield backend

@@ -32,6 +32,7 @@ class LocalTarget:
         self._signature = effective.signature
         path = select_file(fetched.version_directory, effective.filename)
         self._backend: Backend = backends[effective.backend](path, effective.instances)
+        self._backend.expect(effective.expected())
 
     def __enter__(self) -> LocalTarget:
         self._backend.load()
