@@ -139,8 +139,13 @@ class Kernels:
 
 
 def normalize_tolerance(normalize: Normalize) -> float:
-    """How far an element of the kernel may be from the definition's before it is rounded to `normalize.datatype`."""
-    raise NotImplementedError
+    """How far an element of the kernel may be from exact arithmetic before it is rounded to `normalize.datatype`.
+
+    A product and a sum rounded in fp32, of constants that were: four roundings of no more than the larger of the two. With a resize the
+    sums of taps come on top, their weights made in fp32 from positions in fp64.
+    """
+    largest = max(abs(255 * normalize.scale) + abs(mean) for mean in normalize.mean) / min(normalize.deviation)
+    return largest * 2.0**-24 * (4 if normalize.size is None else 32)
 
 
 __all__ = ["DATATYPES", "FLOATS", "Kernels", "normalize_tolerance"]

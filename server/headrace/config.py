@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -223,12 +224,24 @@ class BatchingConfig:
             object.__setattr__(self, "default_priority_level", (self.priority_levels + 1) // 2)
 
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
     count: int = _option(1, "Loaded copies that run batches side by side.", minimum=1)
-    device: str = _option("auto", "auto | cpu.", choices=("auto", "cpu"))
+    device: str = _option(
+        "auto",
+        "cpu; cuda: the GPUs of this machine; cuda:N: that one of them; auto: GPUs where there are some and the backend can use them, else "
+        "the CPU.",
+    )
     threads: int = _option(0, "Threads of one instance; 0: the cores divided by the instances of this model.", minimum=0)
     options: Mapping[str, str] = field(default_factory=dict, metadata={"doc": "The backend's own options, by its own names."})
+
+    def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
+
 
 
 @dataclass(frozen=True, slots=True)

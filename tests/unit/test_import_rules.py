@@ -50,7 +50,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.backends.onnx_graph", "headrace.backends.cuda", "headrace.backends.cuda_lanes"),
+    (
+        "headrace.sources.verification",
+        "headrace.backends.onnx_graph",
+        "headrace.backends.cuda",
+        "headrace.backends.cuda_lanes",
+        "headrace.backends.cuda_processing",
+        "headrace.backends.onnxruntime_session",
+        "headrace.backends.onnxruntime_options",
+        "headrace.backends.onnxruntime_providers",
+    ),
     (
         "headrace.sources.cache",
         "headrace.sources.mlflow_registry",
@@ -59,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.backends.onnxruntime",
+        "headrace.backends.onnxruntime_cuda",
         "headrace.plugins",
         "headrace.sources.directory",
         "headrace.sources.directory_destination",
@@ -135,6 +145,7 @@ PURE = (
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (
     "headrace.backends.onnxruntime",
+    "headrace.backends.onnxruntime_cuda",
     "headrace.sources.directory",
     "headrace.sources.directory_destination",
     "headrace.sources.object_store",
@@ -142,7 +153,7 @@ ADAPTERS = (
     "headrace.sources.mlflow",
     "headrace.sources.mlflow_destination",
 )
-"""Each is a runtime or a kind of place. Two that belong to the same one (its source and destination) may import each other."""
+"""Each is a runtime or a kind of place. Two of the same one (its source and destination, its CPU and GPU) may import each other."""
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -165,7 +176,7 @@ def belongs(module: str, names: tuple[str, ...]) -> bool:
 
 
 def place_of(module: str) -> str:
-    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination")
+    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination").removesuffix("_cuda")
 
 
 def violations(module: str, source: str) -> list[str]:

@@ -63,7 +63,7 @@ DEVICE void gather(const u8* slab, const i64* table, T* into, T* mask, i64 rows,
 }
 
 #define GATHER(S, s, T, t)                                                                                                          \
-    KERNEL(256, 4) gather_##s##_##t(const u8* slab, const i64* table, T* into, T* mask, i64 rows, i64 width, u64 pad_bits) {        \
+    KERNEL(256, 3) gather_##s##_##t(const u8* slab, const i64* table, T* into, T* mask, i64 rows, i64 width, u64 pad_bits) {        \
         gather<S, T>(slab, table, into, mask, rows, width, pad_bits);                                                               \
     }
 #define GATHER_TO_ALL(S, s)        \

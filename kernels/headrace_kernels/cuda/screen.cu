@@ -129,7 +129,7 @@ DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, R
 }
 
 #define SCREEN(S, s)                                                                                                                \
-    KERNEL(256, 3) screen_##s(const S* values, i64 rows, i64 features, const int* owners, Record* by_feature, Record* by_request,   \
+    KERNEL(256, 2) screen_##s(const S* values, i64 rows, i64 features, const int* owners, Record* by_feature, Record* by_request,   \
         int rows_each) {                                                                                                            \
         screen<S>(values, rows, features, owners, by_feature, by_request, rows_each);                                               \
     }

@@ -95,13 +95,15 @@ class Slab:
         if size <= self.size:
             return
         if size > self._limit:
-            raise BackendError(f"a batch whose tensors take {size} bytes: expected at most {self._limit}, which a device buffer may grow to")
+            raise BackendError(
+                f"a batch whose tensors take {size} bytes: expected at most {self._limit}, which a device buffer may grow to"
+            )
         grown = min(max(size, 2 * self.size, SMALLEST_SLAB), self._limit)
         self.close()
         self._device = self._gpu.allocate(grown)
         if self._on_host:
             self._pinned = self._gpu.allocate_pinned(grown)
-            self._host = np.frombuffer((ctypes.c_uint8 * grown).from_address(self._pinned), np.uint8)
+            self._host = np.ctypeslib.as_array((ctypes.c_uint8 * grown).from_address(self._pinned))
         self.size = grown
         self.generation += 1
 
