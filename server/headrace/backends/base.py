@@ -215,5 +215,14 @@ BackendRegistry = Mapping[str, type[Backend]]
 
 
 __all__ = [
-    "CPU", "Array", "ArtifactSignature", "Backend", "BackendRegistry", "DeviceSpace", "Expected", "Pending", "PipelinedBackend", "select_file",
-]  # fmt: skip
+    "CPU",
+    "Array",
+    "ArtifactSignature",
+    "Backend",
+    "BackendRegistry",
+    "DeviceSpace",
+    "Expected",
+    "Pending",
+    "PipelinedBackend",
+    "select_file",
+]

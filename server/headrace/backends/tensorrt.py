@@ -9,30 +9,30 @@ Input-consumed events are not used: each lane has input memory of its own, which
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from headrace.backends.base import Array, ArtifactSignature, DeviceSpace, Expected, Pending, PipelinedBackend
 from headrace.backends.cuda import CudaError, Gpu, device_count, device_error, open_device
-from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Place, lay_out
+from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Place
+from headrace.backends.cuda_processing import DeviceProcessing, load_kernels
 from headrace.backends.onnx_graph import graph_digest
+from headrace.backends.onnxruntime_options import inspection_options
+from headrace.backends.onnxruntime_session import open_session, signature_of
 from headrace.backends.processing import Processing
 from headrace.backends.tensorrt_api import Library, find_library
 from headrace.backends.tensorrt_engine import Bound, Engine, LaneContexts
 from headrace.backends.tensorrt_options import Options, parse_options
 from headrace.backends.tensorrt_plans import ModelPlans, read_plan
-from headrace.backends.tensorrt_wiring import Wiring, can_adopt, model_shapes, wire
+from headrace.backends.tensorrt_wiring import Wiring, lay_out_inputs, model_shapes, wire
 from headrace.config import InstanceConfig
-from headrace.errors import BackendError, HeadraceError, LoadError
+from headrace.errors import BackendError, DeviceLost, HeadraceError, LoadError
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 from headrace.telemetry.log import get_logger
-
-if TYPE_CHECKING:
-    from headrace_kernels.device import Kernels
 
 log = get_logger(__name__)
 
@@ -42,7 +42,6 @@ _MEMORY_PER_FILE_BYTE = 2
 """Not measured here: a plan or model as it is read, and its weights. Activations come with the batches."""
 _WIRINGS = 64
 """Batch shapes of which one lane remembers where everything lies."""
-_NOTHING = Processing()
 
 
 class TensorRtBackend(PipelinedBackend):
@@ -56,18 +55,20 @@ class TensorRtBackend(PipelinedBackend):
         super().__init__(path, instance)
         self._place = f"{path.parent.name}/{path.name}"
         self._expected: Expected | None = None
-        self._processing = _NOTHING
+        self._processing = Processing()
         self._cancelled = threading.Event()
         self._plans: ModelPlans | None = None
-        self._kernels: Kernels | None = None
+        self._device_processing = DeviceProcessing(self._processing, None, ())
+        self._free_before = self._device_memory = 0
+        self._warmed: set[tuple[tuple[str, Shape], ...]] = set()
         self._gpu: Gpu | None = None
         self._engine: Engine | None = None
         self._lanes: Lanes | None = None
         self._scratch = 0
         self._contexts: list[LaneContexts] = []
-        self._wirings: list[dict[tuple[tuple[str, Shape], ...], tuple[int, Wiring]]] = []
+        self._wirings: list[dict[tuple[tuple[str, Shape], ...], Wiring]] = []
         self._artifact = ArtifactSignature((), ())
-        self._graph_shapes: frozenset[int] = frozenset()
+        self._visible: list[str] = []
         self._uses_graphs = True
 
     def __repr__(self) -> str:
@@ -81,7 +82,7 @@ class TensorRtBackend(PipelinedBackend):
             return
         raise LoadError(
             f"{path.parent.name}/{path.name}: a plan is code to TensorRT, and nobody has vouched for this one: expected a version whose "
-            "signature is verified (signature_policy and signature_key in model.toml), or trust_plans = \"true\" under "
+            'signature is verified (signature_policy and signature_key in model.toml), or trust_plans = "true" under '
             "[instances.options], or the ONNX model itself"
         )
 
@@ -90,13 +91,11 @@ class TensorRtBackend(PipelinedBackend):
         """A plan is loaded onto the first GPU for it; nothing else can read one. `check_trusted` comes before. An ONNX file is read by ONNX
         Runtime, without TensorRT."""
         if is_onnx(path):
-            from headrace.backends.onnxruntime import OnnxRuntimeBackend
-
-            return OnnxRuntimeBackend.inspect(path)
+            return signature_of(path, open_session(path, inspection_options(), ["CPUExecutionProvider"]))
         place = f"{path.parent.name}/{path.name}"
-        library = find_library()
-        open_device("cuda").make_current()
         with read_plan(path) as plan:
+            library = find_library()
+            _open_to_read(place).make_current()
             engine = Engine(library, plan, place, allow_host_code=True)
         signature = engine.signature
         engine.close()
@@ -114,11 +113,8 @@ class TensorRtBackend(PipelinedBackend):
     @classmethod
     def devices(cls, device: str) -> Sequence[DeviceSpace]:
         """All that this process sees for 'auto' and 'cuda'."""
-        if device not in ("auto", "cuda"):
-            open_device(_gpu_name(device))
-            return ()
-        open_device("cuda")
-        return [_space(ordinal) for ordinal in range(device_count())]
+        gpu = open_device(_gpu_name(device))
+        return [_space(ordinal) for ordinal in (range(device_count()) if device in ("auto", "cuda") else (gpu.ordinal,))]
 
     @property
     def device(self) -> str:
@@ -128,10 +124,6 @@ class TensorRtBackend(PipelinedBackend):
         self._expected = expected
 
     def adopt(self, processing: Processing) -> bool:
-        from headrace.backends.cuda import cuda_unavailable
-
-        if self._expected is None or cuda_unavailable() or not can_adopt(processing, self._expected.artifact):
-            return False
         self._processing = processing
         return True
 
@@ -150,21 +142,27 @@ class TensorRtBackend(PipelinedBackend):
         try:
             gpu.make_current()
             self._gpu = gpu
+            self._free_before = gpu.memory().free
             self._engine = self._load_engine(library, gpu, options)
             self._prepare(self._engine, gpu, options)
-        except (HeadraceError, MemoryError):
-            raise
-        except Exception as error:  # CUDA's errors have no common base with ours
-            failure = device_error(self._place, error)
-        else:
+            self._measure()
             return
-        raise LoadError(str(failure))
+        except DeviceLost as error:
+            failure: HeadraceError = error.with_traceback(None)
+        except BackendError as error:
+            failure = LoadError(str(error))
+        except HeadraceError as error:
+            failure = error.with_traceback(None)
+        except Exception as error:  # CUDA's errors have no common base with ours
+            found = device_error(self._place, error)
+            failure = found if isinstance(found, DeviceLost) else LoadError(str(found))
+        raise failure
 
     def _load_engine(self, library: Library, gpu: Gpu, options: Options) -> Engine:
         expected = self._expected or _expect_nothing(self.inspect(self.path))
         if is_onnx(self.path):
             self._plans = ModelPlans(self.path, library, gpu, options, self._cancelled)
-            engine = self._plans.load(_inputs_of(expected), expected.signature.max_batch_size, expected.allowed)
+            engine = self._plans.load(_inputs_of(expected, self._processing), expected.signature.max_batch_size, expected.allowed)
         else:
             self.check_trusted(self.path, self.instance, is_signed=expected.is_signed)
             with read_plan(self.path) as plan:
@@ -174,12 +172,11 @@ class TensorRtBackend(PipelinedBackend):
         return engine
 
     def _prepare(self, engine: Engine, gpu: Gpu, options: Options) -> None:
-        if self._processing is not _NOTHING:
-            self._kernels = _load_kernels(gpu)
         self._artifact = engine.signature
+        self._visible = self._processing.visible_outputs([spec.name for spec in engine.signature.outputs])
+        kernels = load_kernels(self._processing, gpu.ordinal)
+        self._device_processing = DeviceProcessing(self._processing, kernels, engine.signature.outputs)
         self._uses_graphs = options.cuda_graphs
-        expected = self._expected
-        self._graph_shapes = _graph_sizes(expected) if expected is not None else frozenset({1})
         self._lanes = lanes = Lanes(gpu, self.lanes)
         if engine.scratch_bytes:
             self._scratch = gpu.allocate(engine.scratch_bytes)
@@ -194,15 +191,24 @@ class TensorRtBackend(PipelinedBackend):
         expected = self._expected
         if expected is None or not expected.signature.max_batch_size:
             return True
-        return all(bool(shape) and shape[0] in self._graph_shapes for shape in shapes.values())
+        sizes = _graph_sizes(expected)
+        return all(bool(shape) and shape[0] in sizes for shape in shapes.values())
 
     # -- batches
+
+    def warm(self, inputs: Mapping[str, Array]) -> None:
+        """In every lane twice, the first time it sees these shapes: graphs are captured of what has run."""
+        key = tuple((name, array.shape) for name, array in inputs.items())
+        for _ in range(1 if key in self._warmed else 2 * self.lanes + 1):
+            self.execute(inputs, None)
+        self._warmed.add(key)
+        self._measure()
 
     def stage(self, shapes: Mapping[str, Shape]) -> Mapping[str, Array]:
         lane = self._lanes.first if self._lanes is not None else None
         if lane is None or set(shapes) != {spec.name for spec in self._artifact.inputs}:
             return {}
-        layout = lay_out({spec.name: (shapes[spec.name], self._dtype(spec)) for spec in self._artifact.inputs})
+        layout = lay_out_inputs(shapes, self._artifact, self._device_processing)
         try:
             lane.gpu.make_current()
             lane.inputs.reserve(layout.size)
@@ -228,29 +234,27 @@ class TensorRtBackend(PipelinedBackend):
     def _queue(self, lane: Lane, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         """Everything up to the event. Returns views of where the outputs will be."""
         given: dict[str, Shape] = {spec.name: inputs[spec.name].shape for spec in self._artifact.inputs}
-        bound = self._contexts[lane.index].bind(model_shapes(given, self._processing))
+        bound = self._contexts[lane.index].bind(model_shapes(given, self._device_processing))
         wiring = self._wire(bound, lane, given)
-        bound.set_addresses(wiring.addresses)
+        bound.set_wiring(wiring)
         for name, place in wiring.inputs.places.items():
-            target = lane.inputs.array(place)
-            if not np.shares_memory(target, inputs[name]):
-                np.copyto(target, inputs[name])
+            _copy(inputs[name], lane.inputs.array(place))
         lane.upload(wiring.inputs.size)
-        bound.run(lane.streams.compute, wiring.before, wiring.after)
+        bound.run(lane.streams.compute)
         lane.download(wiring.outputs.size)
         places = {name: self._final_place(bound, name, place) for name, place in wiring.outputs.places.items()}
-        return [lane.outputs.array(places[name]) for name in (outputs if outputs is not None else places)]
+        return [lane.outputs.array(places[name]) for name in (self._visible if outputs is None else outputs)]
 
     def _wire(self, bound: Bound, lane: Lane, given: Mapping[str, Shape]) -> Wiring:
-        """As it was for such a batch, unless the lane's memory has moved since."""
+        """As it was for such a batch, unless the lane's memory has moved since. Where data decides shapes, the room is the context's."""
         key = tuple(given.items())
         known = self._wirings[lane.index]
-        generation, wiring = known.get(key, (-1, None))
-        if wiring is None or generation != lane.generation or bound.dynamic:
-            wiring = wire(bound, lane, given, self._artifact, self._processing, self._kernels)
+        wiring = known.get(key)
+        if wiring is None or wiring.generation != lane.generation or bound.dynamic:
+            wiring = wire(bound, lane, given, self._artifact, self._device_processing)
             if len(known) >= _WIRINGS:
                 known.clear()
-            known[key] = lane.generation, wiring
+            known[key] = wiring
         return wiring
 
     def _final_place(self, bound: Bound, name: str, place: Place) -> Place:
@@ -259,8 +263,14 @@ class TensorRtBackend(PipelinedBackend):
         datatype = next(spec.datatype for spec in self._artifact.outputs if spec.name == name)
         return Place(place.offset, bound.dynamic_shape(name), datatype.dtype)
 
-    def _dtype(self, spec: TensorSpec) -> np.dtype[Any]:
-        return np.dtype(np.uint8) if spec.name in self._processing.inputs else spec.datatype.dtype
+    @property
+    def device_memory(self) -> int:
+        return self._device_memory
+
+    def _measure(self) -> None:
+        """What became less on the device, whoever took it."""
+        if self._gpu is not None:
+            self._device_memory = max(self._free_before - self._gpu.memory().free, 0)
 
     def close(self) -> None:
         """Contexts before the memory that they work in, the engine last. What a lost device refuses to take back is gone anyway."""
@@ -268,7 +278,7 @@ class TensorRtBackend(PipelinedBackend):
         lanes, self._lanes = self._lanes, None
         engine, self._engine = self._engine, None
         scratch, self._scratch = self._scratch, 0
-        gpu, self._gpu, self._plans, self._kernels = self._gpu, None, None, None
+        gpu, self._gpu, self._plans = self._gpu, None, None
         if gpu is None:
             return
         try:
@@ -298,21 +308,24 @@ def _gpu_name(device: str) -> str:
     return "cuda" if device == "auto" else device
 
 
+def _open_to_read(place: str) -> Gpu:
+    try:
+        return open_device("cuda")
+    except LoadError as error:
+        reason = str(error)
+    raise LoadError(f"{place}: a plan can be read on a GPU of the kind that it was built for, and nowhere else: {reason}")
+
+
 def _space(ordinal: int) -> DeviceSpace:
     gpu = Gpu(ordinal)
     gpu.make_current()
     return DeviceSpace(f"cuda:{ordinal}", gpu.memory().free)
 
 
-def _load_kernels(gpu: Gpu) -> Kernels:
-    from headrace_kernels.device import Kernels
-    from headrace_kernels.errors import KernelsUnavailable
-
-    try:
-        return Kernels(gpu.ordinal)
-    except KernelsUnavailable as error:
-        reason = str(error)
-    raise LoadError(f"what model.toml has done before and after the model cannot be done on the device: {reason}")
+def _copy(source: Array, target: Array) -> None:
+    """Unless it was gathered there, into what `stage` gave."""
+    if source.__array_interface__["data"][0] != target.__array_interface__["data"][0]:
+        np.copyto(target, source)
 
 
 # -- what is expected and what is there --------------------------------------------------------------------------------
@@ -322,14 +335,19 @@ def _expect_nothing(artifact: ArtifactSignature) -> Expected:
     return Expected(artifact, Signature("", artifact.inputs, artifact.outputs))
 
 
-def _inputs_of(expected: Expected) -> list[TensorSpec]:
-    """The model's, with the dimensions that model.toml sets where clients see the same tensors."""
+def _inputs_of(expected: Expected, processing: Processing) -> list[TensorSpec]:
+    """The model's, with the dimensions that model.toml sets: for clients who see the same tensor, or by what images are resized to."""
     seen = {spec.name: spec for spec in expected.signature.inputs}
-    return [
-        seen[spec.name] if spec.name in seen and (seen[spec.name].datatype, len(seen[spec.name].shape)) == (spec.datatype, len(spec.shape))
-        else spec
-        for spec in expected.artifact.inputs
-    ]  # fmt: skip
+    return [_narrowed(spec, seen.get(spec.name), processing) for spec in expected.artifact.inputs]
+
+
+def _narrowed(spec: TensorSpec, seen: TensorSpec | None, processing: Processing) -> TensorSpec:
+    step = processing.inputs.get(spec.name)
+    if step is not None and step.size is not None and len(spec.shape) == 4:
+        at = 2 if step.layout == "NCHW" else 1
+        return dataclasses.replace(spec, shape=(*spec.shape[:at], *step.size, *spec.shape[at + 2 :]))
+    is_same = seen is not None and (seen.datatype, len(seen.shape)) == (spec.datatype, len(spec.shape))
+    return seen if step is None and seen is not None and is_same else spec
 
 
 def _graph_sizes(expected: Expected) -> frozenset[int]:
@@ -347,8 +365,8 @@ def _check_same(place: str, artifact: ArtifactSignature, found: ArtifactSignatur
         for spec in wanted:
             if by_name[spec.name].datatype is not spec.datatype:
                 raise LoadError(
-                    f"{place}: {kind} '{spec.name}': the model says {spec.datatype.value}, TensorRT makes {by_name[spec.name].datatype.value} "
-                    "of it; cast it in the model"
+                    f"{place}: {kind} '{spec.name}': the model says {spec.datatype.value}, TensorRT makes "
+                    f"{by_name[spec.name].datatype.value} of it; cast it in the model"
                 )
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from headrace.backends.base import ArtifactSignature
 from headrace.backends.cuda import is_device_lost
@@ -27,14 +27,13 @@ if TYPE_CHECKING:
     from cuda.core.graph import Graph, GraphBuilder
     from typing_extensions import Buffer
 
-    Queue = Stream | GraphBuilder
 
 log = get_logger(__name__)
 
 GRAPHS = 16
 """Contexts with a graph that one lane may have; a server that restricts batch sizes has fewer sizes than that."""
-Step = Callable[["Queue"], None]
-"""Queues work around the model, on a stream or into a graph."""
+Step = Callable[[Any], None]
+"""Queues work around the model, on a stream or into a graph: cuda.core's Stream or GraphBuilder."""
 
 
 def run_error(library: Library, subject: str, fallback: str) -> BackendError:
@@ -136,11 +135,22 @@ class DynamicOutput:
     allocator: Any
 
 
+class Wired(Protocol):
+    """Addresses of all inputs and outputs, and what is queued around the model."""
+
+    @property
+    def addresses(self) -> Mapping[str, int]: ...
+    @property
+    def before(self) -> Sequence[Step]: ...
+    @property
+    def after(self) -> Sequence[Step]: ...
+
+
 @dataclass
 class Bound:
     """One execution context with the shapes that it has now. Owns its graph.
 
-    `outputs`: shapes, without those in `dynamic`. `addresses` is None until they are set.
+    `outputs`: shapes, without those in `dynamic`. `wiring`: what its addresses were last taken from, and its graph captured with.
     """
 
     engine: Engine
@@ -149,7 +159,7 @@ class Bound:
     shapes: Mapping[str, Shape] = field(default_factory=dict)
     outputs: dict[str, Shape] = field(default_factory=dict)
     dynamic: dict[str, DynamicOutput] = field(default_factory=dict)
-    addresses: Mapping[str, int] | None = None
+    wiring: Wired | None = None
     graph: Graph | None = None
     has_run: bool = False
 
@@ -158,7 +168,7 @@ class Bound:
         if shapes == self.shapes:
             return
         self.drop_graph()
-        self.has_run, self.addresses, self.shapes = False, None, {}
+        self.has_run, self.wiring, self.shapes = False, None, {}
         library, context = self.engine.library, self.context
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
@@ -187,30 +197,31 @@ class Bound:
             if not self.context.set_output_allocator(spec.name, self.dynamic[spec.name].allocator):
                 raise run_error(self.engine.library, f"output '{spec.name}' of {self.engine.place}", "allocator refused")
 
-    def set_addresses(self, addresses: Mapping[str, int]) -> None:
-        """Of all inputs and outputs."""
-        if addresses == self.addresses:
+    def set_wiring(self, wiring: Wired) -> None:
+        """A graph holds the addresses of the steps around the model too, hence by identity."""
+        if wiring is self.wiring:
             return
         self.drop_graph()
-        self.addresses = None
-        for name, address in addresses.items():
+        self.wiring = None
+        for name, address in wiring.addresses.items():
             if name in self.dynamic:
                 self.dynamic[name].allocator.address = address
             elif not self.context.set_tensor_address(name, address):
                 raise run_error(self.engine.library, f"tensor '{name}' of {self.engine.place}", "address refused")
-        self.addresses = dict(addresses)
+        self.wiring = wiring
 
-    def run(self, stream: Stream, before: Sequence[Step], after: Sequence[Step]) -> None:
+    def run(self, stream: Stream) -> None:
         """Queue the model and the steps around it. 1. As a graph that is there. 2. As one that is made now, of what has run before.
         3. One by one."""
+        assert self.wiring is not None, "set_wiring() comes before run()"
         if self.graph is None and self.may_capture and self.has_run:
-            self.graph = self._capture(before, after)
+            self.graph = self._capture(self.wiring)
         if self.graph is not None:
             self.graph.launch(stream)
             return
         for dynamic in self.dynamic.values():
             dynamic.allocator.shape = None
-        self._queue(stream, stream, before, after)
+        self._queue(stream, stream, self.wiring)
         self.has_run = True
 
     def dynamic_shape(self, name: str) -> Shape:
@@ -220,15 +231,15 @@ class Bound:
             raise BackendError(f"output '{name}' of {self.engine.place}: TensorRT did not tell its shape")
         return shape
 
-    def _queue(self, queue: Queue, stream: Stream, before: Sequence[Step], after: Sequence[Step]) -> None:
-        for step in before:
+    def _queue(self, queue: Stream | GraphBuilder, stream: Stream, wiring: Wired) -> None:
+        for step in wiring.before:
             step(queue)
         if not self.context.execute_async_v3(int(stream.handle)):
             raise run_error(self.engine.library, self.engine.place, "execution refused")
-        for step in after:
+        for step in wiring.after:
             step(queue)
 
-    def _capture(self, before: Sequence[Step], after: Sequence[Step]) -> Graph | None:
+    def _capture(self, wiring: Wired) -> Graph | None:
         """None where the model does what no graph can hold; it then runs without one for good."""
         from cuda.core import Device
 
@@ -236,7 +247,7 @@ class Bound:
         try:
             builder.begin_building(mode="thread_local")
             try:
-                self._queue(builder, builder.stream, before, after)
+                self._queue(builder, builder.stream, wiring)
             finally:
                 builder.end_building()
             return builder.complete()

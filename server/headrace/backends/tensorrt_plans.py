@@ -34,7 +34,7 @@ def read_plan(path: Path) -> Iterator[memoryview]:
         with path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        reason = f"expected a TensorRT plan at {place}, found none; for an ONNX model set filename = \"model.onnx\" in model.toml"
+        reason = f'expected a TensorRT plan at {place}, found none; for an ONNX model set filename = "model.onnx" in model.toml'
     except (OSError, ValueError) as error:
         reason = f"{place}: {error}"
     else:
@@ -115,8 +115,8 @@ class ModelPlans:
     def _make(self, key: PlanKey) -> Engine:
         if not self._library.can_build:
             raise LoadError(
-                f"{self._place}: {self._library.name} {self._library.version} runs plans and builds none; pip install 'headrace[tensorrt]', "
-                "or build a version-compatible model.plan elsewhere"
+                f"{self._place}: {self._library.name} {self._library.version} runs plans and builds none; "
+                "pip install 'headrace[tensorrt]', or build a version-compatible model.plan elsewhere"
             )
         log.info("engine build began", model=self._place, profiles=len(key.profiles), tensorrt=key.tensorrt, device=key.device.name)
         began, built = time.monotonic(), self._cache.new_file()

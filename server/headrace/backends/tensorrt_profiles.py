@@ -59,9 +59,7 @@ def split_batches(largest: int, allowed: Sequence[int] = ()) -> list[tuple[int, 
     return [(sizes[0], sizes[-1]) for sizes in held if sizes]
 
 
-def derive_profiles(
-    inputs: Sequence[TensorSpec], largest: int, allowed: Sequence[int], options: Mapping[str, str]
-) -> tuple[Profile, ...]:
+def derive_profiles(inputs: Sequence[TensorSpec], largest: int, allowed: Sequence[int], options: Mapping[str, str]) -> tuple[Profile, ...]:
     """Raises LoadError for a free dimension of which the options do not say how large it gets, and for options that fit no input."""
     _check_options(inputs, options)
     tails = {spec.name: _tail(spec, spec.shape[1:] if largest else spec.shape, options) for spec in inputs}
@@ -88,7 +86,7 @@ def _tail(spec: TensorSpec, shape: Shape, options: Mapping[str, str]) -> ShapeRa
         if -1 in shape:
             raise LoadError(
                 f"input '{spec.name}' has free dimensions {format_shape(shape)}: TensorRT builds for a range; expected "
-                f"[instances.options] \"{OPTION}{spec.name}\" = \"{_example(shape)}\" (least;timed at;largest, without the batch dimension), "
+                f'[instances.options] "{OPTION}{spec.name}" = "{_example(shape)}" (least;timed at;largest, without the batch dimension), '
                 "or a shape for it in model.toml"
             )
         return ShapeRange(shape, shape, shape)

@@ -17,7 +17,9 @@ def refit(library: Library, engine: ICudaEngine, model: Path, place: str) -> Non
     Only for an engine that runs nothing: another one of the same plan serves meanwhile.
     """
     if not library.can_build:
-        raise LoadError(f"{place}: option refit: {library.name} cannot refit an engine, the full tensorrt can; pip install 'headrace[tensorrt]'")
+        raise LoadError(
+            f"{place}: option refit: {library.name} cannot refit an engine, the full tensorrt can; pip install 'headrace[tensorrt]'"
+        )
     refitter: Refitter = library.make("Refitter", engine)
     parser: OnnxParserRefitter = library.make("OnnxParserRefitter", refitter)
     if not parser.refit_from_file(str(model)):

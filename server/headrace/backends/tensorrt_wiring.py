@@ -1,197 +1,101 @@
-"""Pure but for the launches: where each tensor of a batch lies in a lane, and which kernels stand before and after the model.
+"""Where each tensor of a batch lies in a lane, and which kernels stand before and after the model.
 
-    what clients send ── inputs slab ──▶ [normalize ── scratch slab ──▶] model [── scratch slab ──▶ softmax, topk] ── outputs slab ──▶
+what clients send ── inputs slab ──▶ [normalize ── scratch slab ──▶] model [── scratch slab ──▶ softmax, topk] ── outputs slab ──▶
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import numpy as np
 
 from headrace.backends.base import ArtifactSignature
-from headrace.backends.cuda_lanes import Lane, Layout, Place, lay_out
-from headrace.backends.processing import Processing
+from headrace.backends.cuda_lanes import Lane, Layout, lay_out
+from headrace.backends.cuda_processing import DeviceProcessing, Tensor
 from headrace.backends.tensorrt_engine import Bound, Step
 from headrace.errors import BackendError
-from headrace.signature import DataType, Shape, TensorSpec, format_shape
-from headrace_kernels.normalize import Normalize
-from headrace_kernels.topk import Softmax, TopK
+from headrace.signature import Shape
 
-if TYPE_CHECKING:
-    from headrace_kernels.device import Kernels
-
-KERNEL_TYPES = {
-    DataType.FP32: "float32",
-    DataType.FP16: "float16",
-    DataType.BF16: "bfloat16",
-}
-"""Of scores, as the kernels name them."""
-_DTYPES = {"float32": np.dtype("<f4"), "float16": np.dtype("<f2"), "bfloat16": np.dtype("<u2")}
-_FLOAT32 = np.dtype("<f4")
-_INT32 = np.dtype("<i4")
-
-Tensors = dict[str, tuple[Shape, np.dtype[Any]]]
+_BYTES = np.dtype(np.uint8)
 
 
-def classes_name(output: str) -> str:
-    return f"{output}_classes"
-
-
-def can_adopt(processing: Processing, artifact: ArtifactSignature) -> bool:
-    """Whether all of it can be done by the kernels, to tensors of these shapes and types."""
-    inputs = {spec.name: spec for spec in artifact.inputs}
-    outputs = {spec.name: spec for spec in artifact.outputs}
-    return all(name in inputs and _can_normalize(step, inputs[name]) for name, step in processing.inputs.items()) and all(
-        name in outputs and _can_rank(step, outputs[name]) for name, step in processing.outputs.items()
-    )
-
-
-def _can_normalize(step: Normalize, spec: TensorSpec) -> bool:
-    from headrace_kernels.device import Kernels
-
-    if len(spec.shape) != 4 or KERNEL_TYPES.get(spec.datatype) != step.datatype:
-        return False
-    channels = spec.shape[1 if step.layout == "NCHW" else 3]
-    return channels > 0 and Kernels.can_normalize(step, channels)
-
-
-def _can_rank(step: TopK | Softmax, spec: TensorSpec) -> bool:
-    """Of a shape that is known before the model has run."""
-    if spec.datatype not in KERNEL_TYPES or not spec.shape:
-        return False
-    return isinstance(step, Softmax) or (len(spec.shape) == 2 and spec.shape[1] >= step.k)
-
-
-def model_shapes(given: Mapping[str, Shape], processing: Processing) -> dict[str, Shape]:
-    """What the model gets of what clients send."""
-    return {name: _normalized(processing.inputs[name], shape) if name in processing.inputs else shape for name, shape in given.items()}
-
-
-def _normalized(step: Normalize, shape: Shape) -> Shape:
-    rows, height, width, channels = shape
-    height, width = step.size or (height, width)
-    return (rows, channels, height, width) if step.layout == "NCHW" else (rows, height, width, channels)
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Wiring:
-    """Of one batch shape. `outputs` are those of the model that are not ranked, then what is made of those that are."""
+    """Of one batch shape, at the addresses that a lane had at `generation`. Those in `addresses` are the model's tensors."""
 
     inputs: Layout
     outputs: Layout
-    scratch: Layout
+    generation: int
     addresses: Mapping[str, int]
     before: tuple[Step, ...]
     after: tuple[Step, ...]
 
 
-def wire(
-    bound: Bound,
-    lane: Lane,
-    given: Mapping[str, Shape],
-    artifact: ArtifactSignature,
-    processing: Processing,
-    kernels: Kernels | None,
-) -> Wiring:
+def model_shapes(given: Mapping[str, Shape], processing: DeviceProcessing) -> dict[str, Shape]:
+    """What the model gets of what clients send."""
+    return {name: processing.normalized(name, shape)[0] if processing.is_input(name) else shape for name, shape in given.items()}
+
+
+def lay_out_inputs(given: Mapping[str, Shape], artifact: ArtifactSignature, processing: DeviceProcessing) -> Layout:
+    return lay_out({spec.name: (given[spec.name], processing.given(spec)) for spec in artifact.inputs})
+
+
+def wire(bound: Bound, lane: Lane, given: Mapping[str, Shape], artifact: ArtifactSignature, processing: DeviceProcessing) -> Wiring:
     """Make room in the lane and say what lies where. Raises BackendError for a batch too large, CudaError where no memory is left."""
-    inputs: Tensors = {}
-    scratch: Tensors = {}
-    outputs: Tensors = {}
-    for spec in artifact.inputs:
-        step = processing.inputs.get(spec.name)
-        inputs[spec.name] = (given[spec.name], np.dtype(np.uint8) if step else spec.datatype.dtype)
-        if step:
-            scratch[_before(spec.name)] = (bound.shapes[spec.name], _DTYPES[step.datatype])
+    inputs = lay_out_inputs(given, artifact, processing)
+    outputs, between = _lay_out_outputs(bound, artifact, processing)
+    between |= {name: processing.normalized(name, shape) for name, shape in given.items() if processing.is_input(name)}
+    scratch = lay_out(between)
+    for slab, layout in ((lane.inputs, inputs), (lane.outputs, outputs), (lane.scratch, scratch)):
+        slab.reserve(max(layout.size, 1))
+    addresses = {}
+    for kind, slab, layout in (("input", lane.inputs, inputs), ("output", lane.outputs, outputs)):
+        for spec in artifact.inputs if kind == "input" else artifact.outputs:
+            place = scratch.places.get(spec.name)
+            addresses[spec.name] = lane.scratch.address(place) if place else slab.address(layout.places[spec.name])
+    visible = {name: lane.outputs.address(place) for name, place in outputs.places.items()}
+    before = [
+        _normalizing(processing, name, shape, lane.inputs.address(inputs.places[name]), addresses[name])
+        for name, shape in given.items()
+        if processing.is_input(name)
+    ]
+    after = [
+        _finishing(processing, spec.name, bound.outputs[spec.name], addresses[spec.name], visible)
+        for spec in artifact.outputs
+        if processing.is_output(spec.name)
+    ]
+    return Wiring(inputs, outputs, lane.generation, addresses, tuple(before), tuple(after))
+
+
+def _lay_out_outputs(bound: Bound, artifact: ArtifactSignature, processing: DeviceProcessing) -> tuple[Layout, dict[str, Tensor]]:
+    """Clients' outputs, and those of the model from which kernels make some of them."""
+    visible: dict[str, Tensor] = {}
+    between: dict[str, Tensor] = {}
     for spec in artifact.outputs:
-        _lay_output(spec, bound, processing.outputs.get(spec.name), scratch, outputs)
-    layouts = lay_out(inputs), lay_out(outputs), lay_out(scratch)
-    for slab, layout in zip((lane.inputs, lane.outputs, lane.scratch), layouts, strict=True):
-        slab.reserve(layout.size)
-    addresses = {spec.name: _address(lane, layouts, _before(spec.name), spec.name) for spec in artifact.inputs}
-    addresses |= {spec.name: _address(lane, layouts, _after(spec.name), spec.name) for spec in artifact.outputs}
-    if kernels is None:
-        return Wiring(*layouts, addresses, (), ())
-    before = tuple(
-        _normalize_step(kernels, step, given[name], lane.inputs.address(layouts[0].places[name]), addresses[name])
-        for name, step in processing.inputs.items()
-    )
-    types = {spec.name: KERNEL_TYPES[spec.datatype] for spec in artifact.outputs if spec.name in processing.outputs}
-    after = tuple(
-        _rank_step(kernels, ranking, bound.outputs[name], types[name], addresses[name], lane, layouts[1].places, name)
-        for name, ranking in processing.outputs.items()
-    )
-    return Wiring(*layouts, addresses, before, after)
+        dynamic = bound.dynamic.get(spec.name)
+        if dynamic is not None and processing.is_output(spec.name):
+            raise BackendError(f"output '{spec.name}': its shape depends on the data, so [postprocess] cannot be done on a GPU")
+        if dynamic is not None:
+            visible[spec.name] = ((dynamic.size,), _BYTES)
+            continue
+        tensor = bound.outputs[spec.name], spec.datatype.dtype
+        visible |= processing.visible(spec.name, tensor)
+        if processing.is_output(spec.name):
+            between[spec.name] = tensor
+    return lay_out(visible), between
 
 
-def _before(name: str) -> str:
-    return f"model input {name}"
-
-
-def _after(name: str) -> str:
-    return f"model output {name}"
-
-
-def _lay_output(spec: TensorSpec, bound: Bound, step: TopK | Softmax | None, scratch: Tensors, outputs: Tensors) -> None:
-    if spec.name in bound.dynamic:
-        if step is not None:
-            raise BackendError(f"output '{spec.name}': its shape depends on the data; leave it out of [postprocess]")
-        outputs[spec.name] = ((bound.dynamic[spec.name].size,), np.dtype(np.uint8))
-        return
-    shape = bound.outputs[spec.name]
-    if step is None:
-        outputs[spec.name] = (shape, spec.datatype.dtype)
-        return
-    scratch[_after(spec.name)] = (shape, spec.datatype.dtype)
-    if isinstance(step, Softmax):
-        outputs[spec.name] = (shape, _FLOAT32)
-    else:
-        if len(shape) != 2 or shape[1] < step.k:
-            raise BackendError(f"output '{spec.name}': expected [rows, {step.k} classes or more], got {format_shape(shape)}")
-        outputs[spec.name] = ((shape[0], step.k), _FLOAT32)
-        outputs[classes_name(spec.name)] = ((shape[0], step.k), _INT32)
-
-
-def _address(lane: Lane, layouts: tuple[Layout, Layout, Layout], between: str, name: str) -> int:
-    inputs, outputs, scratch = layouts
-    if between in scratch.places:
-        return lane.scratch.address(scratch.places[between])
-    slab, layout = (lane.inputs, inputs) if name in inputs.places else (lane.outputs, outputs)
-    return slab.address(layout.places[name])
-
-
-def _normalize_step(kernels: Kernels, step: Normalize, shape: Shape, images: int, into: int) -> Step:
-    rows, height, width, channels = shape
-
+def _normalizing(processing: DeviceProcessing, name: str, shape: Shape, images: int, into: int) -> Step:
     def launch(queue: Any) -> None:
-        kernels.normalize(
-            queue, images=images, into=into, rows=rows, height=height, width=width, channels=channels, normalize=step
-        )  # fmt: skip
+        processing.normalize(queue, name, shape, images, into)
 
     return launch
 
 
-def _rank_step(
-    kernels: Kernels, step: TopK | Softmax, shape: Shape, source: str, scores: int, lane: Lane, places: Mapping[str, Place], name: str
-) -> Step:
-    values = lane.outputs.address(places[name])
-    rows, classes = math.prod(shape[:-1]), shape[-1]
+def _finishing(processing: DeviceProcessing, name: str, shape: Shape, scores: int, into: Mapping[str, int]) -> Step:
+    def launch(queue: Any) -> None:
+        processing.finish(queue, name, shape, scores, into)
 
-    def softmax(queue: Any) -> None:
-        kernels.softmax(queue, scores=scores, into=values, rows=rows, classes=classes, source=source, target="float32")
-
-    if isinstance(step, Softmax):
-        return softmax
-    indices = lane.outputs.address(places[classes_name(name)])
-    ranking = cast(TopK, step)
-
-    def topk(queue: Any) -> None:
-        kernels.topk(
-            queue, scores=scores, values=values, indices=indices, rows=rows, classes=classes, k=ranking.k, softmax=ranking.softmax,
-            source=source, target="float32",
-        )  # fmt: skip
-
-    return topk
+    return launch

@@ -48,9 +48,7 @@ def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, kn
     reference = _read_reference(effective, directory)
     # What it says of values is known to make sense before anything is loaded.
     make_checks(effective, reference, lambda *_: None)
-    return Inspection(
-        effective, needed, available, verified.digest, verified.manifest, recorded, reference, is_signed=verified.is_signed
-    )
+    return Inspection(effective, needed, available, verified.digest, verified.manifest, recorded, reference, is_signed=verified.is_signed)
 
 
 def _read_reference(effective: EffectiveModel, directory: Path) -> Reference | None:

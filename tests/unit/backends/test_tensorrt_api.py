@@ -16,7 +16,6 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-
 from headrace.backends import tensorrt_api
 from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, find_library
 from headrace.errors import LoadError
@@ -61,7 +60,7 @@ def takes(function: object, name: str, given: list[str]) -> bool:
 
 def used(protocol: type) -> dict[str, list[str] | None]:
     """Parameters of each method of a protocol; None of an attribute."""
-    names = {name: None for name in protocol.__annotations__}
+    names = dict.fromkeys(protocol.__annotations__)
     functions = {n: f for n, f in vars(protocol).items() if not n.startswith("_")}
     return names | {
         name: list(inspect.signature(member).parameters)[1:] if inspect.isfunction(member) else None for name, member in functions.items()

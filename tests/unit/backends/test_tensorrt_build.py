@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from headrace.backends.tensorrt_build import COMMAND, Build, BuildOrder, Progress, decode_order
 from headrace.backends.tensorrt_options import BuildOptions
 from headrace.backends.tensorrt_profiles import Profile, ShapeRange
@@ -56,7 +55,7 @@ def test_reason_of_a_failed_build_is_the_load_error(tmp_path: Path) -> None:
 
 
 def test_crash_is_told_with_signal_phase_and_last_words(tmp_path: Path) -> None:
-    program = "say(phase='timing'); print('out of', file=sys.stderr); print('luck', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
+    program = "say(phase='timing'); print('out of\\nluck', file=sys.stderr, flush=True); os.kill(os.getpid(), signal.SIGSEGV)"
     with pytest.raises(LoadError, match=r"died of SIGSEGV, in phase 'timing'; its last words: out of \| luck"):
         build(tmp_path, program).run()
 
@@ -135,7 +134,9 @@ def test_builder_without_tensorrt_says_what_to_install(tmp_path: Path) -> None:
         pass
     else:
         pytest.skip("tensorrt is installed")
-    with pytest.raises(LoadError, match=r"could not build an engine: no TensorRT that builds engines of ONNX models is there.*headrace\[tensorrt\]"):
+    with pytest.raises(
+        LoadError, match=r"could not build an engine: no TensorRT that builds engines of ONNX models is there.*headrace\[tensorrt\]"
+    ):
         Build(order(tmp_path), 60.0).run()
 
 
@@ -150,12 +151,12 @@ def is_alive(pid: int) -> bool:
 
 def is_running(pid: int) -> bool:
     """Of somebody's: where nobody waits for it, it stays as a zombie. The kill of a group reaches all, but one after the other."""
-    for _ in range(1000):
+    for _ in range(1000):  # some ten seconds
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except FileNotFoundError:
             return False
         if state in "ZX":
             return False
-        os.sched_yield()
+        threading.Event().wait(0.01)
     return True

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from headrace.backends.tensorrt_cache import Device, PlanCache, PlanKey, choose_evicted, model_digest
 from headrace.backends.tensorrt_options import BuildOptions
 from headrace.backends.tensorrt_profiles import Profile, ShapeRange

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from headrace.backends.tensorrt_options import BuildOptions, Options, parse_options
 from headrace.errors import LoadError
 

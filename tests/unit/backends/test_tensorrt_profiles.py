@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import pytest
-
 from headrace.backends.tensorrt_profiles import Profile, ShapeRange, choose_profile, derive_profiles, split_batches
 from headrace.errors import LoadError
 from headrace.signature import DataType, TensorSpec
