@@ -243,7 +243,6 @@ class InstanceConfig:
             raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
-
 @dataclass(frozen=True, slots=True)
 class TensorConfig:
     """An override for one tensor; what is left out is as the artifact says."""

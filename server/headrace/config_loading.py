@@ -88,7 +88,7 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
     return ModelConfig(
         name,
         batching=_build(BatchingConfig, _read_section(BatchingConfig, batching, where), where),
-        instances=InstanceConfig(**instances),
+        instances=_build(InstanceConfig, instances, f"{where} [instances]"),
         labels=labels,
         rollout=_build(RolloutConfig, rollout, where),
         drift=_build(DriftConfig, drift, f"{where} [drift]"),

@@ -11,6 +11,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from headrace.backends.base import DeviceSpace
 from headrace.errors import BackendError, DeviceLost, LoadError
 
 if TYPE_CHECKING:
@@ -66,6 +67,22 @@ def open_device(device: str) -> Gpu:
     if ordinal >= count:
         raise LoadError(f"device '{device}': expected one below cuda:{count}, as this process sees {count}")
     return Gpu(ordinal)
+
+
+def device_spaces(device: str) -> list[DeviceSpace]:
+    """The devices that `device`, which is not 'cpu', stands for: all for 'cuda' and 'auto'. Raises LoadError when it is not there."""
+    first = open_device(device)
+    each = [first] if ":" in device else [Gpu(ordinal) for ordinal in range(device_count())]
+    return [DeviceSpace(f"cuda:{gpu.ordinal}", _free_bytes(gpu)) for gpu in each]
+
+
+def _free_bytes(gpu: Gpu) -> int:
+    """0 for a device that no longer answers: nothing is to be placed there."""
+    try:
+        gpu.make_current()
+        return gpu.memory().free
+    except Exception:  # CUDA's own
+        return 0
 
 
 # -- errors ------------------------------------------------------------------------------------------------------------
@@ -228,6 +245,7 @@ __all__ = [
     "device_count",
     "device_error",
     "device_ordinal",
+    "device_spaces",
     "is_device_lost",
     "open_device",
 ]

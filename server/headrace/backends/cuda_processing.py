@@ -88,10 +88,10 @@ class DeviceProcessing:
         step = self._outputs[name]
         if not math.prod(shape):
             return
-        source, classes = self._scores[name], shape[-1]
+        datatype, classes = self._scores[name], shape[-1]
         if isinstance(step, Softmax):
             self._launcher.softmax(
-                stream, scores=scores, into=into[name], rows=math.prod(shape[:-1]), classes=classes, source=source, target="float32"
+                stream, scores=scores, into=into[name], rows=math.prod(shape[:-1]), classes=classes, datatype=datatype
             )
             return
         self._launcher.topk(
@@ -103,8 +103,7 @@ class DeviceProcessing:
             classes=classes,
             k=step.k,
             softmax=step.softmax,
-            source=source,
-            target="float32",
+            datatype=datatype,
         )
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from headrace.backends.base import Array, ArtifactSignature, Backend
+from headrace.backends.base import Array, ArtifactSignature, Backend, DeviceSpace
 from headrace.backends.onnx_graph import graph_digest
 from headrace.backends.onnxruntime_options import (
     OPTIONS,
@@ -23,7 +23,7 @@ from headrace.backends.onnxruntime_options import (
     session_options,
     share_threads,
 )
-from headrace.backends.onnxruntime_providers import is_on_gpu
+from headrace.backends.onnxruntime_providers import find_devices, is_on_gpu
 from headrace.backends.onnxruntime_session import (
     CONVERSIONS,
     Provider,
@@ -97,6 +97,10 @@ class OnnxRuntimeBackend(Backend):
     @classmethod
     def share_threads(cls, threads: int) -> None:
         share_threads(threads)
+
+    @classmethod
+    def devices(cls, device: str) -> Sequence[DeviceSpace]:
+        return find_devices(device)
 
     def load(self) -> None:
         if pool_threads() and self.instance.threads:

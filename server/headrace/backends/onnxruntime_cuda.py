@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from headrace.backends.base import Array, ArtifactSignature, Pending, PipelinedBackend
-from headrace.backends.cuda import Gpu, device_error, is_device_lost, open_device
+from headrace.backends.cuda import Gpu, device_error, device_ordinal, is_device_lost, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place, lay_out
 from headrace.backends.cuda_processing import DeviceProcessing, Tensor, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
@@ -101,6 +101,10 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     # -- load and close ------------------------------------------------------------------------------------------------
 
     @property
+    def device(self) -> str:
+        return f"cuda:{device_ordinal(self.instance.device)}"
+
+    @property
     def device_memory(self) -> int:
         """Bytes of the device that loading and warming up took, of whichever instance did so at that time."""
         return self._device_memory
@@ -117,7 +121,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
             failure: HeadraceError = error.with_traceback(None)
         except Exception as error:  # CUDA's and the runtime's have no common base
             failure = LoadError(f"device '{self.instance.device}': {one_line(error)}")
-        raise failure
+        raise DeviceLost(str(failure)) if is_device_lost(str(failure)) else failure
 
     def _load(self) -> None:
         self._gpu = gpu = self._open_device()
@@ -141,16 +145,16 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         self._queued = make_run_options({**ASYNCHRONOUS, **({GRAPH_ID: NO_GRAPH} if self._has_graphs else {})})
         self._measure()
         log.info(
-            "model on GPU",
+            "device memory taken",
             model=self.path.parent.parent.name,
             device=f"cuda:{gpu.ordinal}",
-            memory_bytes=self._device_memory,
+            bytes=self._device_memory,
             provider=self._session.get_providers()[0],
         )
 
     def _open_device(self) -> Gpu:
         if reason := gpu_unavailable():
-            raise LoadError(f"device '{self.instance.device}': {reason}; use 'cpu'")
+            raise LoadError(f"device '{self.instance.device}': {reason}")
         load_libraries()
         return open_device(self.instance.device)
 
@@ -218,14 +222,13 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         """Nothing but the warm-up comes here: shapes that it runs get graphs, in each lane."""
         names = self._visible if outputs is None else list(outputs)
-        if self._has_graphs:
-            key = self._key(inputs, names)
-            if key not in self._graphs and len(self._graphs) < MAX_GRAPHS:
-                PipelinedBackend.execute(self, inputs, names)
-                self._graphs.add(key)
-                for _ in range(self.lanes - 1):
-                    PipelinedBackend.execute(self, inputs, names)
+        if self._is_plain or (key := self._key(inputs, names)) in self._learnt:
+            return PipelinedBackend.execute(self, inputs, names)
         results = PipelinedBackend.execute(self, inputs, names)
+        if self._has_graphs and len(self._graphs) < MAX_GRAPHS:
+            self._graphs.add(key)
+        for _ in range(self.lanes):
+            results = PipelinedBackend.execute(self, inputs, names)
         self._measure()
         return results
 
@@ -340,8 +343,9 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
             address = lane.scratch.address(place) if place else lane.outputs.address(visible.places[name])
             binding.bind_output(name, self._memory, lane.gpu.ordinal, _element_type(self._outputs[name]), shapes[name], address)
         plans[key] = plan = _Plan(lane.generation, binding, self._options_for(key), visible, scratch)
-        while len(plans) > KEPT_PLANS:
-            plans.popitem(last=False)
+        if len(plans) > KEPT_PLANS:
+            # The oldest, but not one with a graph, which would be captured anew.
+            del plans[next(each for each in plans if each not in self._graphs)]
         return plan
 
     def _options_for(self, key: Key) -> Any:

@@ -6,7 +6,8 @@ import ctypes
 from pathlib import Path
 from typing import Any
 
-from headrace.backends.cuda import cuda_unavailable
+from headrace.backends.base import DeviceSpace
+from headrace.backends.cuda import cuda_unavailable, device_spaces
 from headrace.backends.onnxruntime_options import CUDA_OPTIONS, TENSORRT_OPTIONS, provider_options
 from headrace.backends.onnxruntime_session import Provider, import_runtime
 from headrace.config import InstanceConfig
@@ -31,8 +32,20 @@ def is_on_gpu(device: str) -> bool:
     if device != "auto":
         return device.partition(":")[0] == "cuda"
     reason = gpu_unavailable()
-    log.debug("device chosen", device="cpu" if reason else "cuda", reason=reason)
+    if reason:
+        # Who has installed the runtime for GPUs wants to hear of it.
+        say = log.info if CUDA in import_runtime().get_available_providers() else log.debug
+        say("device chosen", device="cpu", reason=reason)
     return not reason
+
+
+def find_devices(device: str) -> list[DeviceSpace]:
+    """What Backend.devices says for this runtime."""
+    if not is_on_gpu(device):
+        return []
+    if reason := gpu_unavailable():
+        raise LoadError(f"device '{device}': {reason}")
+    return device_spaces(device)
 
 
 def make_providers(instance: InstanceConfig, ordinal: int, stream: int) -> list[Provider]:
