@@ -241,9 +241,7 @@ class Bound:
 
     def _capture(self, wiring: Wired) -> Graph | None:
         """None where the model does what no graph can hold; it then runs without one for good."""
-        from cuda.core import Device
-
-        builder = Device().create_graph_builder()
+        builder = create_graph_builder()
         try:
             builder.begin_building(mode="thread_local")
             try:
@@ -266,6 +264,13 @@ class Bound:
         graph, self.graph = self.graph, None
         if graph is not None:
             graph.close()
+
+
+def create_graph_builder() -> GraphBuilder:
+    """On the calling thread's device, with a stream of its own: what runs meanwhile goes on."""
+    from cuda.core import Device
+
+    return Device().create_graph_builder()
 
 
 def _allocator_class(library: Library) -> Callable[[int], Any]:
