@@ -70,6 +70,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.backends.onnxruntime_session",
         "headrace.backends.onnxruntime_options",
         "headrace.backends.onnxruntime_providers",
+        "headrace.backends.tensorrt_api",
+        "headrace.backends.tensorrt_profiles",
+        "headrace.backends.tensorrt_options",
+        "headrace.backends.tensorrt_cache",
+        "headrace.backends.tensorrt_build",
+        "headrace.backends.tensorrt_builder",
+        "headrace.backends.tensorrt_engine",
+        "headrace.backends.tensorrt_refit",
+        "headrace.backends.tensorrt_plans",
+        "headrace.backends.tensorrt_wiring",
     ),
     (
         "headrace.sources.cache",
@@ -80,6 +90,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "headrace.backends.onnxruntime",
         "headrace.backends.onnxruntime_cuda",
+        "headrace.backends.tensorrt",
         "headrace.plugins",
         "headrace.sources.directory",
         "headrace.sources.directory_destination",
@@ -143,6 +154,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
 PURE = (
+    "headrace.backends.tensorrt_profiles",
+    "headrace.backends.tensorrt_options",
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
@@ -159,6 +172,7 @@ PURE = (
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (
+    "headrace.backends.tensorrt",
     "headrace.backends.onnxruntime",
     "headrace.backends.onnxruntime_cuda",
     "headrace.sources.directory",

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.backends.base import Array, Backend
+from headrace.backends.base import Array, ArtifactSignature, Backend, Expected
 from headrace.backends.processed import processed
 from headrace.backends.processing import Processing
 from headrace.bench.choice import Sample
@@ -98,8 +98,7 @@ def main() -> None:
 def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
     """In this process."""
     with ExitStack() as stack:
-        made = [processed(backend(trial.path, trial.instance), trial.processing, trial.output_names) for _ in range(trial.instance.count)]
-        instances = [stack.enter_context(_Instance.open(instance)) for instance in made]
+        instances = [stack.enter_context(_Instance.open(_make(trial, backend))) for _ in range(trial.instance.count)]
         inputs = _find_inputs(trial, instances[0])
         samples: dict[int, Sample] = {}
         falls = 0
@@ -115,6 +114,12 @@ def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
             if falls == CLEAR_FALLS or longest > LONGEST_BATCH:
                 break
         return samples
+
+
+def _make(trial: Trial, backend: type[Backend]) -> Backend:
+    made = backend(trial.path, trial.instance)
+    made.expect(Expected(ArtifactSignature(trial.signature.inputs, trial.signature.outputs), trial.signature))
+    return processed(made, trial.processing, trial.output_names)
 
 
 class _Instance:

@@ -6,8 +6,8 @@ Triton's, which bounds the queue alone: a configuration that works there has it 
 
 from __future__ import annotations
 
-from headrace.batching.device_inputs import bring_to_host
 from headrace.backends.processing import classes_of
+from headrace.batching.device_inputs import bring_to_host
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.lifecycle.value_checks import ValueChecks

@@ -14,7 +14,8 @@ from typing import Any
 
 from headrace_kernels.topk import TopK
 
-from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
+from headrace.backends.base import ArtifactSignature, Backend, BackendRegistry, Expected, select_file
+from headrace.backends.processed import processed
 from headrace.backends.processing import Processing, classes_of
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.config_loading import option_keys
@@ -60,6 +61,12 @@ class EffectiveModel:
         """The outputs that clients see with a row's classes by rank."""
         return frozenset(classes_of(name) for name, step in self.processing.outputs.items() if isinstance(step, TopK))
 
+    def make(self, backend: type[Backend], path: Path, instance: InstanceConfig, *, is_signed: bool = False) -> Backend:
+        """An instance to load, which knows what will be asked of it and does to tensors what is to be done."""
+        made = backend(path, instance)
+        made.expect(Expected(self.artifact, self.signature, self.batching.allowed_batch_sizes, is_signed))
+        return processed(made, self.processing, self.output_names)
+
 
 def resolve_model(
     config: ModelConfig,
@@ -67,10 +74,12 @@ def resolve_model(
     version_directory: Path,
     backends: BackendRegistry,
     known: ArtifactSignature | None = None,
+    *,
+    is_signed: bool = False,
 ) -> EffectiveModel:
     """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking.
 
-    `known`: what an artifact says that may have the same graph; then it is not opened for that.
+    `known`: what an artifact says that may have the same graph; then it is not opened for that. `is_signed`: as in Expected.
     """
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
@@ -81,6 +90,7 @@ def resolve_model(
     if Path(filename).name != filename:
         raise ConfigError(f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'")
     path = select_file(version_directory, filename)
+    backend.check_trusted(path, config.instances, is_signed=is_signed)
     graph = backend.graph_digest(path)
     artifact = known if known and graph and known.graph == graph else dataclasses.replace(backend.inspect(path), graph=graph)
     labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}

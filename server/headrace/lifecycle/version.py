@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TypeVar
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
-from headrace.backends.processed import processed
 from headrace.backends.runner import BatchRunner
 from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
@@ -341,7 +340,8 @@ class ModelVersion:
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
         instances = await self._place(effective.instances, backend)
-        backends = [processed(backend(path, each), effective.processing, effective.output_names) for each in instances]
+        is_signed = self.inspection is not None and self.inspection.is_signed
+        backends = [effective.make(backend, path, each, is_signed=is_signed) for each in instances]
         workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Protocol
 
 from headrace.backends.base import Array, BackendRegistry, select_file
-from headrace.backends.processed import processed
 from headrace.batching.assemble import as_array
 from headrace.capture.captures import output_bytes
 from headrace.capture.records import Captured, CapturedTensor
@@ -32,7 +31,7 @@ class LocalTarget:
     def __init__(self, effective: EffectiveModel, fetched: Fetched, backends: BackendRegistry) -> None:
         self._signature = effective.signature
         path = select_file(fetched.version_directory, effective.filename)
-        self._backend = processed(backends[effective.backend](path, effective.instances), effective.processing, effective.output_names)
+        self._backend = effective.make(backends[effective.backend], path, effective.instances)
 
     def __enter__(self) -> LocalTarget:
         self._backend.load()
