@@ -12,7 +12,7 @@ ARG BASE=debian:13.8-slim
 # -- what headrace depends on: changes with the lock file only ---------------------------------------------------------
 FROM ${BASE} AS dependencies
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends python3 python3-venv \
+    && apt-get install --yes --no-install-recommends binutils python3 python3-venv \
     && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/venv
 COPY deploy/docker/requirements-cpu-py313.txt deploy/docker/slim.py /build/
@@ -22,6 +22,7 @@ RUN /opt/venv/bin/pip install --no-cache-dir --no-compile --no-deps --only-binar
 # Compiled here, since the root of the running container is read-only; `unchecked-hash`: image layers do not keep the times of files
 # that the usual check compares.
 RUN python3 /build/slim.py /opt/venv \
+    && echo /opt/headrace > /opt/venv/lib/python3.13/site-packages/headrace.pth \
     && python3 -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
 # -- headrace itself: a layer of a few megabytes, all that changes from one release to the next ------------------------
@@ -50,6 +51,7 @@ COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=application /opt/headrace /opt/headrace
 
 # Inside a container loopback reaches nobody: every address, and what is published decides who gets there.
+# What is kept between starts is below /var/cache/headrace: mount something there to keep it, or where the root is read-only.
 # ORT_DISABLE_TELEMETRY: ONNX Runtime's Linux wheels otherwise keep a database in the home directory and report to its makers.
 ENV PATH=/opt/headrace/bin:/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -57,7 +59,8 @@ ENV PATH=/opt/headrace/bin:/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbi
     HEADRACE_MODELS=/models \
     HEADRACE_GRPC=0.0.0.0:8001 \
     HEADRACE_HTTP=0.0.0.0:8002 \
-    HEADRACE_CACHE_DIRECTORY=/var/cache/headrace
+    XDG_CACHE_HOME=/var/cache/headrace \
+    HEADRACE_CACHE_DIRECTORY=/var/cache/headrace/models
 
 ARG VERSION=0
 ARG REVISION=unknown

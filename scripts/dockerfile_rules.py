@@ -86,8 +86,8 @@ def _run(instruction: Instruction) -> Iterator[str]:
         if re.search(r"\bpip\b.* install\b", command):
             if "--no-cache-dir" not in command:
                 yield "pip install: expected --no-cache-dir"
-            if "--require-hashes" not in command and "--no-index" not in command:
-                yield "pip install: expected --require-hashes, or --no-index for what was built here"
+            if not re.search(r"--require-hashes|--no-index|==", command):
+                yield "pip install: expected --require-hashes, --no-index for what was built here, or at least a version"
     if re.search(r"\b(curl|wget)\b[^&;]*\|", instruction.text):
         yield "expected no script that is run as it is downloaded"
     if re.search(r"\bsudo\b", instruction.text):

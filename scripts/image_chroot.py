@@ -28,6 +28,16 @@ SLIM_DPKG = "".join(
 ) + "path-include /usr/share/doc/*/copyright\n"
 """As that image has it for the packages that are installed later."""
 
+SLIM_APT = """\
+DPkg::Post-Invoke { "rm -f /var/cache/apt/archives/*.deb /var/cache/apt/archives/partial/*.deb /var/cache/apt/*.bin || true"; };
+Dir::Cache::pkgcache "";
+Dir::Cache::srcpkgcache "";
+Acquire::Languages "none";
+Acquire::GzipIndexes "true";
+"""
+"""As that image has it too: apt keeps no packages and no caches."""
+DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
+
 
 def make_base(folder: Path, release: str) -> Path:
     """debian:*-slim's contents from debootstrap, once. Raises CalledProcessError."""
@@ -39,6 +49,7 @@ def make_base(folder: Path, release: str) -> Path:
     for name in ("var/lib/apt/lists/partial", "var/cache/apt/archives/partial", "var/log/apt"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "etc" / "dpkg" / "dpkg.cfg.d" / "docker").write_text(SLIM_DPKG, encoding="utf-8")
+    (folder / "etc" / "apt" / "apt.conf.d" / "docker").write_text(SLIM_APT, encoding="utf-8")
     return folder
 
 
@@ -128,13 +139,12 @@ class Builder:
                 print(f"  {stage.name or 'final'}: {instruction.keyword} {re.sub(' +', ' ', instruction.text)[:110]}", flush=True)
                 self._run(merged, instruction, known) if instruction.keyword == "RUN" else self._copy(merged, instruction)
             finally:
-                subprocess.run(["umount", "--recursive", "--lazy", merged], check=True)
+                unmount_below(merged)
             built.layers.append(Layer(f"{instruction.keyword} {instruction.text}", folder / "tree"))
 
     def _run(self, root: Path, instruction: Instruction, environment: Mapping[str, str]) -> None:
-        for name in ("proc", "dev", "sys"):
-            _mount(f"/{name}", root / name, "--bind")
-        _mount("tmpfs", root / "dev" / "shm", "-t", "tmpfs")
+        mount_devices(root)
+        _mount("proc", root / "proc", "-t", "proc")
         help_ = root / HELP
         _mount("tmpfs", help_, "-t", "tmpfs")
         more = {}
@@ -174,6 +184,28 @@ class Builder:
     def _left_out(self, place: str, names: list[str]) -> set[str]:
         folder = Path(place).relative_to(self._context)
         return {name for name in names if self._ignored.is_ignored((folder / name).as_posix())}
+
+
+def mount_devices(root: Path) -> None:
+    """A /dev of its own, as a container has it. Never the machine's: what runs here is root, and may remove what it finds."""
+    dev = root / "dev"
+    _mount("tmpfs", dev, "-t", "tmpfs", "-o", "mode=755")
+    for name in DEVICES:
+        (dev / name).touch()
+        _mount(f"/dev/{name}", dev / name, "--bind")
+    for name, kind, options in (("shm", "tmpfs", "mode=1777,size=64m"), ("pts", "devpts", "newinstance,ptmxmode=0666,mode=620")):
+        (dev / name).mkdir()
+        _mount(kind, dev / name, "-t", kind, "-o", options)
+    for name, target in (("ptmx", "pts/ptmx"), ("fd", "/proc/self/fd"), ("stdout", "/proc/self/fd/1"), ("stderr", "/proc/self/fd/2")):
+        (dev / name).symlink_to(target)
+
+
+def unmount_below(folder: Path) -> None:
+    """Everything that is mounted there, the innermost first. Raises CalledProcessError: what is still mounted must not be removed."""
+    lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines()
+    places = [Path(line.split()[4]) for line in lines]
+    for place in reversed([place for place in places if place.is_relative_to(folder.resolve())]):
+        subprocess.run(["umount", place], check=True)
 
 
 def _mount(what: str, place: Path, *options: str) -> None:
