@@ -148,6 +148,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_models",
         "headrace.cli_replay",
         "headrace.cli_feedback",
+        "headrace.cli_health",
         "headrace.cli_tables",
     ),
 )
