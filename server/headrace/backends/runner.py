@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from headrace.backends.base import Array, Backend, Pending, PipelinedBackend
 from headrace.batching.assemble import Stage, gather, padded_size, union_outputs
+from headrace.batching.device_inputs import lend_or_bring
 from headrace.batching.observer import Observer, RanBatch
 from headrace.batching.screening import count_nonfinite
 from headrace.errors import BackendError, DeviceLost, HeadraceError
@@ -78,7 +79,7 @@ class BatchRunner:
     def launch(self, backend: PipelinedBackend, tickets: Sequence[Ticket], taken: float) -> Launched:
         """Gather a batch and give it to the device. Never raises: what went wrong is for `finish` to answer."""
         try:
-            batch = self._gather(tickets, taken, backend.stage)
+            batch = self._gather(backend, tickets, taken, backend.stage)
             return Launched(tickets, taken, batch, backend.launch(batch.inputs, batch.names), None)
         except BaseException as error:
             return Launched(tickets, taken, None, None, self._explained(tickets, error))
@@ -119,7 +120,7 @@ class BatchRunner:
             self._ended = _Ended(tickets, answers, taken, times)
 
     def _run(self, backend: Backend, tickets: Sequence[Ticket], taken: float) -> list[Answer]:
-        batch = self._gather(tickets, taken, None)
+        batch = self._gather(backend, tickets, taken, None)
         if not backend.works_on_the_caller:
             arrays = backend.execute(batch.inputs, batch.names)
             output_start = time.monotonic()
@@ -136,10 +137,13 @@ class BatchRunner:
         self.stretch = max((output_start - batch.input_done) / cost, 1.0) if cost else 0.0
         return self._answer(batch, arrays, cost, output_start)
 
-    def _gather(self, tickets: Sequence[Ticket], taken: float, stage: Stage | None) -> _Batch:
+    def _gather(self, backend: Backend, tickets: Sequence[Ticket], taken: float, stage: Stage | None) -> _Batch:
         rows = sum([ticket.rows for ticket in tickets])
         padded = padded_size(rows, self._allowed) if self._allowed else rows
+        lent = lend_or_bring(backend, self._signature, tickets, padded) if True in [ticket.on_device for ticket in tickets] else None
         inputs = gather(self._signature, tickets, padded, stage)
+        if lent:
+            backend.lend(lent)
         wanted = union_outputs(tickets)
         names = [self._output_names[index] for index in wanted]
         return _Batch(tickets, taken, rows, padded, inputs, wanted, names, time.monotonic())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.requests import InputTensor, Ticket
+from headrace.requests import DeviceMemory, InputTensor, Ticket
 from headrace.signature import Signature, TensorSpec
 
 Array = NDArray[Any]
@@ -24,7 +24,7 @@ def padded_size(rows: int, allowed: Sequence[int]) -> int:
 
 
 def gather(signature: Signature, tickets: Sequence[Ticket], rows: int, stage: Stage | None = None) -> dict[str, Array]:
-    """One C-contiguous array per input that the batch has, padded to `rows` by repeating its first row.
+    """One C-contiguous array per input that the batch has on the host, padded to `rows` by repeating its first row.
 
     A real row, not zeros: zeros can be far outside what a model was made for (TensorFlow Serving pads likewise). Tickets of
     one batch have equal keys, hence equal shapes behind the batch dimension and the same optional inputs.
@@ -33,7 +33,7 @@ def gather(signature: Signature, tickets: Sequence[Ticket], rows: int, stage: St
     arrays = {}
     for index, spec in enumerate(signature.inputs):
         first = tickets[0].inputs[index]
-        if first is None:
+        if first is None or isinstance(first.data, DeviceMemory):
             continue
         place = places.get(spec.name)
         if place is not None:
@@ -50,7 +50,7 @@ def gather(signature: Signature, tickets: Sequence[Ticket], rows: int, stage: St
 def _shapes(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for spec, tensor in zip(signature.inputs, tickets[0].inputs, strict=True):
-        if tensor is not None and spec.datatype.itemsize:
+        if tensor is not None and spec.datatype.itemsize and not isinstance(tensor.data, DeviceMemory):
             shapes[spec.name] = (rows, *tensor.shape[1:]) if signature.max_batch_size else tensor.shape
     return shapes
 
@@ -74,6 +74,7 @@ def as_array(spec: TensorSpec, tensor: InputTensor) -> Array:
     """A view of its bytes where they are aligned, else a copy."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.reshape(tensor.shape)
+    assert not isinstance(tensor.data, DeviceMemory)
     array = np.frombuffer(tensor.data, spec.datatype.dtype).reshape(tensor.shape)
     # A view into a received message starts at any byte; ONNX Runtime and numpy's SIMD want whole elements.
     return array if array.flags.aligned else array.copy()
