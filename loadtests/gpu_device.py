@@ -40,9 +40,9 @@ class GpuMachine:
     """
 
     def __init__(self, device_id: int = 0, through_graph: bool = False) -> None:
+        self.kernels = Kernels(device_id)  # says what is missing; so it comes first
         from cuda.core import Device
 
-        self.kernels = Kernels(device_id)
         self.multiprocessors = self.kernels.multiprocessors
         self.device = Device(device_id)
         self.device.set_current()
@@ -107,8 +107,8 @@ class GpuMachine:
             action()
             after = self.stream.record(options=EventOptions(timing_enabled=True))
             after.sync()
-            times.append((after - before) / 1e3)
-        return median(times)
+            times.append(float(after - before) / 1e3)
+        return float(median(times))
 
     def time_launches(self, rotation: Sequence[tuple[Launch, ...]], repeats: int = 30) -> float:
         """Median seconds of one of them, all of them in a graph: without the gaps of a launch from Python, and each on other memory."""

@@ -52,7 +52,7 @@ def copy_rate(machine: GpuMachine) -> float:
 
     random = np.random.default_rng().integers(0, 256, COPIED, dtype=np.uint8)
     source, target = machine.upload(random), machine.allocate(COPIED)
-    seconds = machine.time(lambda: checked((*driver.cuMemcpyDtoDAsync(target, source, COPIED, machine.stream.handle), None)))
+    seconds = machine.time(lambda: checked(driver.cuMemcpyDtoDAsync(target, source, COPIED, machine.stream.handle)))
     return 2 * COPIED / seconds
 
 
