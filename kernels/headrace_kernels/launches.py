@@ -79,7 +79,7 @@ def normalize(
         return ()
     layout = f"{normalize.layout.lower()}_{normalize.datatype}_{channels}"
     factors, terms = coefficients(normalize, channels)
-    constants = (*_floats(factors), *_floats(terms), ctypes.c_int(normalize.reverse_channels))
+    constants: tuple[Argument, ...] = (*_floats(factors), *_floats(terms), ctypes.c_int(normalize.reverse_channels))
     lines, pixels = min(rows, MOST_LINES), to_height * to_width
     if (to_height, to_width) == (height, width):
         sizes: tuple[Argument, ...] = (ctypes.c_longlong(rows), ctypes.c_longlong(pixels))
