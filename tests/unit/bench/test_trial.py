@@ -96,7 +96,6 @@ def test_what_is_declared_around_the_model_is_measured_with_it_also_in_a_process
     signature = Signature("m", (TensorSpec("x", DataType.UINT8, (-1, -1, -1, 1)),), (TensorSpec("y", DataType.FP32, (-1, 4)),), 4)
     processing = Processing({"x": Normalize(size=(2, 2))}, {"y": TopK(1)})
     images = {"x": np.zeros((1, 5, 6, 1), np.uint8)}
-    samples = run_trial(
-        trial(path, backend="onnxruntime", signature=signature, recorded=images, processing=processing, output_names=("y",))
-    )
+    around = {"processing": processing, "output_names": ("y",)}
+    samples = run_trial(trial(path, backend="onnxruntime", signature=signature, recorded=images, **around))
     assert list(samples) == [1, 2, 4]
