@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
-from headrace.signature import TensorSpec
+from headrace.signature import Signature, TensorSpec
 
 Array = NDArray[Any]
 
@@ -37,6 +37,20 @@ class ArtifactSignature:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     graph: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What will be asked of an instance. `allowed`: the only batch sizes that come, ascending; empty: any up to the signature's.
+
+    `signature` is what clients see; where `adopt` took something over, it differs from the `artifact`. `is_signed`: the version's files
+    are those that a key which its model trusts has signed.
+    """
+
+    artifact: ArtifactSignature
+    signature: Signature
+    allowed: tuple[int, ...] = ()
+    is_signed: bool = False
 
 
 CPU = "cpu"
@@ -84,6 +98,11 @@ class Backend(ABC):
         self.path = path
         self.instance = instance
 
+    @classmethod  # noqa: B027  # of most artifacts nothing is ever run
+    def check_trusted(cls, path: Path, instance: InstanceConfig, *, is_signed: bool) -> None:
+        """Before anything else is done with the artifact at `path`. Raises LoadError where opening it would run code of whoever made it,
+        and neither a signature nor the configuration says that this may be."""
+
     @classmethod
     @abstractmethod
     def inspect(cls, path: Path) -> ArtifactSignature:
@@ -129,6 +148,12 @@ class Backend(ABC):
         """Before `load`: take over what model.toml has done to tensors before and after the model, on the device. The tensors of `execute`
         are then those that clients see. False: it is not done here, but around this backend, in numpy."""
         return False
+
+    def expect(self, expected: Expected) -> None:  # noqa: B027  # most runtimes take what comes
+        """Before `load`, on any thread: what will be asked of this instance."""
+
+    def interrupt(self) -> None:  # noqa: B027  # most loads are short
+        """From any thread, at any time: nobody wants the instance any more. A `load` that takes long ends, with LoadError."""
 
     @abstractmethod
     def load(self) -> None:
@@ -218,6 +243,7 @@ __all__ = [
     "BackendRegistry",
     "DeviceArray",
     "DeviceSpace",
+    "Expected",
     "Pending",
     "PipelinedBackend",
     "select_file",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,8 @@ from headrace.requests import InputTensor, Ticket
 from headrace.signature import Signature, TensorSpec
 
 Array = NDArray[Any]
+Stage = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Array]]
+"""Host memory to gather into, for those inputs that it has any for: an array of that shape by name."""
 
 
 def padded_size(rows: int, allowed: Sequence[int]) -> int:
@@ -21,22 +23,51 @@ def padded_size(rows: int, allowed: Sequence[int]) -> int:
     return allowed[index] if index < len(allowed) else rows
 
 
-def gather(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[str, Array]:
+def gather(signature: Signature, tickets: Sequence[Ticket], rows: int, stage: Stage | None = None) -> dict[str, Array]:
     """One C-contiguous array per input that the batch has, padded to `rows` by repeating its first row.
 
     A real row, not zeros: zeros can be far outside what a model was made for (TensorFlow Serving pads likewise). Tickets of
     one batch have equal keys, hence equal shapes behind the batch dimension and the same optional inputs.
     """
+    places = {} if stage is None else stage(_shapes(signature, tickets, rows))
     arrays = {}
     for index, spec in enumerate(signature.inputs):
         first = tickets[0].inputs[index]
         if first is None:
+            continue
+        place = places.get(spec.name)
+        if place is not None:
+            _fill(place, [ticket.inputs[index] for ticket in tickets])
+            arrays[spec.name] = place
             continue
         array = as_array(spec, first) if len(tickets) == 1 else _join(spec, [ticket.inputs[index] for ticket in tickets])
         if signature.max_batch_size and array.shape[0] < rows:
             array = np.concatenate([array, np.repeat(array[:1], rows - array.shape[0], axis=0)])
         arrays[spec.name] = array
     return arrays
+
+
+def _shapes(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for spec, tensor in zip(signature.inputs, tickets[0].inputs, strict=True):
+        if tensor is not None and spec.datatype.itemsize:
+            shapes[spec.name] = (rows, *tensor.shape[1:]) if signature.max_batch_size else tensor.shape
+    return shapes
+
+
+def _fill(place: Array, tensors: Sequence[InputTensor | None]) -> None:
+    """Bytes behind each other, then the first row again to the end. Slices of a memoryview: 0.2 µs a tensor, np.copyto takes 1."""
+    target: Any = place.reshape(-1).view(np.uint8).data
+    end = 0
+    for tensor in tensors:
+        assert tensor is not None
+        data = tensor.data
+        piece = np.ascontiguousarray(data).reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else data
+        begin, end = end, end + len(piece)
+        target[begin:end] = piece
+    if end < len(target):
+        row = len(target) // place.shape[0]
+        place[end // row :] = place[:1]
 
 
 def as_array(spec: TensorSpec, tensor: InputTensor) -> Array:

@@ -161,6 +161,7 @@ class Captures:
             starts.append(start)
             start += ticket.rows
         now, clock = time.monotonic(), time.time()
+        batch = batch.to_keep()
         for position in chosen:
             ticket = tickets[position]
             self._keep(_pending(owner, batch, ticket, starts[position], clock - (now - ticket.arrived)))

@@ -6,6 +6,7 @@ Triton's, which bounds the queue alone: a configuration that works there has it 
 
 from __future__ import annotations
 
+from headrace.backends.processing import classes_of
 from headrace.batching.device_inputs import bring_to_host
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
@@ -32,7 +33,7 @@ def make_ticket(
         if request.on_device:
             bring_to_host(request.inputs)
         checks.look_at(admission.inputs(request), request.id)
-    priority, answer_by = _terms(batching, request, arrived)
+    priority, answer_by = _terms(signature, batching, request, arrived)
     if reply.deadline is not None and reply.deadline < answer_by:
         answer_by = reply.deadline
     expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
@@ -52,7 +53,7 @@ def make_tickets(signature: Signature, batching: BatchingConfig, alike: Alike, a
     rows, key, reordered, outputs = signature.validate(first)
     if reordered is not None:
         return [make_ticket(signature, batching, request, reply, arrived) for request, reply in alike.calls()]
-    priority, latest = _terms(batching, first, arrived)
+    priority, latest = _terms(signature, batching, first, arrived)
     must_start = arrived + batching.default_timeout if batching.default_timeout else NEVER
     is_bound = bool(first.version)
     tensor = first.inputs[0]
@@ -71,10 +72,10 @@ def make_tickets(signature: Signature, batching: BatchingConfig, alike: Alike, a
     return tickets
 
 
-def _terms(batching: BatchingConfig, request: InferRequest, arrived: float) -> tuple[int, float]:
+def _terms(signature: Signature, batching: BatchingConfig, request: InferRequest, arrived: float) -> tuple[int, float]:
     """Priority, and when it must be answered but for the call's own deadline. Raises for what cannot be granted."""
     for output in request.outputs:
-        _check_output_parameters(output)
+        _check_output_parameters(signature, output)
     answer_by = arrived + batching.slo if batching.slo else NEVER
     if not request.parameters:
         return batching.default_priority_level, answer_by
@@ -84,12 +85,14 @@ def _terms(batching: BatchingConfig, request: InferRequest, arrived: float) -> t
     return priority, min(answer_by, arrived + timeout) if timeout else answer_by
 
 
-def _check_output_parameters(output: RequestedOutput) -> None:
+def _check_output_parameters(signature: Signature, output: RequestedOutput) -> None:
     """Ignoring what a client asks of an output would give it another tensor than it expects."""
     if "classification" in output.parameters:
         if REGION in output.parameters:
             raise InvalidRequest(f"output '{output.name}': expected 'classification' or '{REGION}', got both")
-        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
+        classes = classes_of(output.name)
+        instead = f"tensors '{output.name}' and '{classes}'" if any(s.name == classes for s in signature.outputs) else "tensor itself"
+        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the {instead}")
 
 
 def _check_reserved(parameters: Parameters) -> None:

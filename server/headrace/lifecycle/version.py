@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
-from headrace.backends.worker import BatchRunner, WarmUp, Worker
+from headrace.backends.runner import BatchRunner
+from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
 from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
 from headrace.config import InstanceConfig
@@ -339,7 +340,8 @@ class ModelVersion:
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
         instances = await self._place(effective.instances, backend)
-        backends = [backend(path, instance) for instance in instances]
+        is_signed = self.inspection is not None and self.inspection.is_signed
+        backends = [effective.make(backend, path, each, is_signed=is_signed) for each in instances]
         workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
@@ -382,7 +384,10 @@ class ModelVersion:
         if self._drift is None:
             return None
         published = self.inspection.reference if self.inspection is not None else None
-        before = predecessor._watch if predecessor is not None else None
+        # What was seen of tensors that something else was done to says nothing of these.
+        old = predecessor.effective if predecessor is not None else None
+        is_alike = old is not None and old.processing == effective.processing
+        before = predecessor._watch if predecessor is not None and is_alike else None
         return drift_subject(self.version, effective, published, before, self.counters)
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
@@ -405,6 +410,7 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
+            instances=len(self._workers),
             on_lost=self._hear_of_loss,
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
@@ -570,8 +576,8 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
     if before is None or before.effective is None:
         return NOTHING_KNOWN
     old = before.effective
-    is_alike = (old.backend, old.signature, old.batching, old.instances) == (
-        effective.backend, effective.signature, effective.batching, effective.instances,
+    is_alike = (old.backend, old.signature, old.batching, old.instances, old.processing) == (
+        effective.backend, effective.signature, effective.batching, effective.instances, effective.processing,
     )  # fmt: skip
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
     table = before._batcher.latencies if before._batcher is not None else None
