@@ -26,12 +26,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-
 from headrace.backends.base import Array, Pending
 from headrace.backends.cuda import Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_providers import gpu_unavailable, load_libraries
 from headrace.config import InstanceConfig
+
 from loadtests.calls import grpc_frame, infer_message
 from loadtests.encoded_calls import EncodedCall
 from loadtests.gpu_models import make_cnn, make_transformer

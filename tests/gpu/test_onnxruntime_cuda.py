@@ -21,8 +21,9 @@ from headrace.errors import LoadError
 from headrace.signature import DataType
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
-from loadtests.gpu_models import make_cnn, make_transformer
 from onnx import ModelProto
+
+from loadtests.gpu_models import make_cnn, make_transformer
 
 REASON = gpu_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "there is a GPU")]

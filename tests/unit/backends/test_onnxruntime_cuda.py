@@ -357,5 +357,5 @@ def test_a_session_that_went_on_without_the_gpu_is_refused(tmp_path: Path, monke
 
     monkeypatch.setattr(providers, "provider_failure", lambda name: "libcublasLt.so.13: cannot open shared object file")
     backend = on_cpu(onnx_models.identity(), tmp_path)
-    with pytest.raises(LoadError, match="could not load its CUDAExecutionProvider: libcublasLt.so.13: cannot open"):
+    with pytest.raises(LoadError, match=r"could not load its CUDAExecutionProvider: libcublasLt\.so\.13: cannot open"):
         providers.check_providers(backend._session, [(providers.CUDA, {})])
