@@ -230,7 +230,7 @@ def server_rate(name: str, scratch: Path, rows: int, device_id: int) -> tuple[fl
     message = grpc_frame(infer_message(name, sample(folder / "1" / "model.onnx", 1)))
     with ServerProcess(command, address=address, cores=mine, log=scratch / f"{name}.log") as server:
         server.wait_ready([name], timeout=300.0)
-        concurrency = max(2 * rows // len(clients), 2)
+        concurrency = max(4 * rows // len(clients), 2)
         context = multiprocessing.get_context("spawn")
         with context.Pool(len(clients)) as pool:
             pool.starmap(_load, [(address, message, concurrency, 1.0)] * len(clients))
