@@ -73,7 +73,10 @@ def run(report: Report) -> dict[str, Any]:
         "checks": [check for each in measured for check in checks(each)],
         "tables": [
             {"title": "Bare runtime: rows/s by batch size", "rows": [{"model": each["model"], **each["bare"]} for each in measured]},
-            {"title": "At the best batch size", "rows": [{k: v for k, v in each.items() if k not in ("bare", "free")} for each in measured]},
+            {
+                "title": "At the best batch size",
+                "rows": [{k: v for k, v in each.items() if k not in ("bare", "free")} for each in measured],
+            },
         ],
     }
 
@@ -88,7 +91,11 @@ def checks(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
     lost = free[2] - free[-1]
     return [
         {"what": f"{name}: two lanes are faster than one", "passed": measured["overlap"] > 1, "got": round(measured["overlap"], 3)},
-        {"what": f"{name}: server, at least {SERVED} of bare", "passed": measured["of_bare"] >= SERVED, "got": round(measured["of_bare"], 3)},
+        {
+            "what": f"{name}: server, at least {SERVED} of bare",
+            "passed": measured["of_bare"] >= SERVED,
+            "got": round(measured["of_bare"], 3),
+        },
         {"what": f"{name}: bytes lost in {len(free)} swaps", "passed": lost < KEPT, "got": lost},
     ]
 

@@ -17,6 +17,7 @@ from headrace.backends.cuda import DeviceMemory, Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
 from headrace.config import InstanceConfig
+from headrace_kernels.launches import Launch
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 
@@ -130,6 +131,12 @@ class HostBackend(OnnxRuntimeCudaBackend):
 
 class NumpyKernels:
     """The launchers of headrace_kernels.device.Kernels that a backend uses, by their definitions, at once."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def load(self, planned: tuple[Launch, ...]) -> None:
+        self.loaded += [launch.kernel for launch in planned]
 
     def normalize(
         self, stream: object, *, images: int, into: int, rows: int, height: int, width: int, channels: int, normalize: Normalize

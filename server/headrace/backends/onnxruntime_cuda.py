@@ -139,6 +139,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         signature = self._open_on_gpu(options, providers)
         self._describe(signature)
         self._kernels = DeviceProcessing(self._processing, load_kernels(self._processing, gpu.ordinal), signature.outputs)
+        self._kernels.load(signature.inputs, signature.outputs)
         self._plans = [OrderedDict() for _ in lanes.all]
         # Without an id, the runtime would capture each run, under one id for all shapes.
         self._queued = make_run_options({**ASYNCHRONOUS, **({GRAPH_ID: NO_GRAPH} if self._has_graphs else {})})

@@ -20,6 +20,7 @@ from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
 from headrace.signature import DataType
+from headrace_kernels.errors import KernelsUnavailable
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 from onnx import ModelProto
@@ -213,6 +214,27 @@ def test_adopted_steps_run_on_the_device_with_their_definitions_results(tmp_path
         for result, expected in zip(results, (values, classes, Softmax()(flat)), strict=True):
             np.testing.assert_array_equal(result, expected)
         np.testing.assert_array_equal(backend.execute({"x": images}, ["scores_classes"])[0], classes)
+
+
+def test_kernels_are_there_before_the_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = NumpyKernels()
+    monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: kernels)
+    model = onnx_models.parse("g (float16[N,H,W,3] x) => (float16[N,C] scores, float16[N,2000] odds) { scores = Flatten(x) odds = Flatten(x) }")
+    steps = Processing({"x": Normalize(size=(4, 4), layout="NHWC", datatype="float16")}, {"scores": TopK(2), "odds": Softmax()})
+    load(model, tmp_path, processing=steps)
+    assert kernels.loaded == [
+        "normalize_nhwc_float16_3", "resize_nhwc_float16_3", "topk_warp_float16", "topk_block_float16", "softmax_block_float16",
+    ]  # fmt: skip
+
+
+def test_kernels_that_cannot_be_had_are_a_load_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: NumpyKernels, planned: object) -> None:
+        raise KernelsUnavailable("NVRTC cannot compile topk.cu for sm_90: libnvrtc.so.13 was not found")
+
+    monkeypatch.setattr(NumpyKernels, "load", refuse)
+    monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: NumpyKernels())
+    with pytest.raises(LoadError, match=r"\[postprocess\] on a GPU: NVRTC cannot compile topk.cu for sm_90: libnvrtc.so.13 was not found"):
+        load(onnx_models.identity(), tmp_path, processing=Processing({}, {"y": TopK(1)}))
 
 
 def test_scores_that_no_kernel_takes_are_a_load_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
