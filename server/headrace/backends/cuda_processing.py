@@ -78,7 +78,14 @@ class DeviceProcessing:
                 datatype = self._scores.get(spec.name, "")
                 if isinstance(step_after, TopK):
                     yield from launches.topk(
-                        scores=0, values=0, indices=0, rows=1, classes=classes, k=step_after.k, softmax=step_after.softmax, datatype=datatype
+                        scores=0,
+                        values=0,
+                        indices=0,
+                        rows=1,
+                        classes=classes,
+                        k=step_after.k,
+                        softmax=step_after.softmax,
+                        datatype=datatype,
                     )
                 elif isinstance(step_after, Softmax):
                     yield from launches.softmax(scores=0, into=0, rows=1, classes=classes, datatype=datatype)

@@ -219,7 +219,9 @@ def test_adopted_steps_run_on_the_device_with_their_definitions_results(tmp_path
 def test_kernels_are_there_before_the_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = NumpyKernels()
     monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: kernels)
-    model = onnx_models.parse("g (float16[N,H,W,3] x) => (float16[N,C] scores, float16[N,2000] odds) { scores = Flatten(x) odds = Flatten(x) }")
+    model = onnx_models.parse(
+        "g (float16[N,H,W,3] x) => (float16[N,C] scores, float16[N,2000] odds) { scores = Flatten(x) odds = Flatten(x) }"
+    )
     steps = Processing({"x": Normalize(size=(4, 4), layout="NHWC", datatype="float16")}, {"scores": TopK(2), "odds": Softmax()})
     load(model, tmp_path, processing=steps)
     assert kernels.loaded == [
