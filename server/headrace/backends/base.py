@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
-from headrace.signature import TensorSpec
+from headrace.signature import Signature, TensorSpec
 
 Array = NDArray[Any]
 
@@ -38,6 +39,20 @@ class ArtifactSignature:
     graph: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What will be asked of an instance. `allowed`: the only batch sizes that come, ascending; empty: any up to the signature's.
+
+    `signature` is what clients see; where `adopt` took something over, it differs from the `artifact`. `is_signed`: the version's files
+    are those that a key which its model trusts has signed.
+    """
+
+    artifact: ArtifactSignature
+    signature: Signature
+    allowed: tuple[int, ...] = ()
+    is_signed: bool = False
+
+
 CPU = "cpu"
 """The name of the device that is always there."""
 
@@ -48,6 +63,18 @@ class DeviceSpace:
 
     name: str
     free: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """An input that lies in a device's memory, C-contiguous. Not to be written to. `owner` keeps it there: whoever reads it holds that
+    until nothing on the device reads it any more."""
+
+    device: str
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    owner: object
 
 
 class Backend(ABC):
@@ -64,9 +91,17 @@ class Backend(ABC):
     """Whether `execute` does its work, or an equal share of it, on the thread that calls it, so that the thread's CPU time tells what a
     batch costs, whatever else runs on the same cores."""
 
+    accepts_device_inputs: ClassVar[bool] = False
+    """Whether `lend` may be called."""
+
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         self.path = path
         self.instance = instance
+
+    @classmethod  # noqa: B027  # of most artifacts nothing is ever run
+    def check_trusted(cls, path: Path, instance: InstanceConfig, *, is_signed: bool) -> None:
+        """Before anything else is done with the artifact at `path`. Raises LoadError where opening it would run code of whoever made it,
+        and neither a signature nor the configuration says that this may be."""
 
     @classmethod
     @abstractmethod
@@ -114,6 +149,12 @@ class Backend(ABC):
         are then those that clients see. False: it is not done here, but around this backend, in numpy."""
         return False
 
+    def expect(self, expected: Expected) -> None:  # noqa: B027  # most runtimes take what comes
+        """Before `load`, on any thread: what will be asked of this instance."""
+
+    def interrupt(self) -> None:  # noqa: B027  # most loads are short
+        """From any thread, at any time: nobody wants the instance any more. A `load` that takes long ends, with LoadError."""
+
     @abstractmethod
     def load(self) -> None:
         """Take the device memory and make `execute` possible."""
@@ -133,6 +174,11 @@ class Backend(ABC):
         messages and are the caller's again when this returns. `outputs`: names in the wanted order, None for all.
         Returned arrays are C-contiguous and owned by the caller. BYTES are object arrays of bytes or str; BF16 is uint16.
         """
+
+    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
+        """Right before an `execute` or `launch`, whose `inputs` then lack these: what a client has put on this instance's device. They
+        may be read until that batch's outputs have been returned, or until it is released."""
+        raise NotImplementedError
 
     @abstractmethod
     def close(self) -> None:
@@ -189,4 +235,16 @@ def select_file(directory: Path, filename: str) -> Path:
 BackendRegistry = Mapping[str, type[Backend]]
 
 
-__all__ = ["CPU", "Array", "ArtifactSignature", "Backend", "BackendRegistry", "DeviceSpace", "Pending", "PipelinedBackend", "select_file"]
+__all__ = [
+    "CPU",
+    "Array",
+    "ArtifactSignature",
+    "Backend",
+    "BackendRegistry",
+    "DeviceArray",
+    "DeviceSpace",
+    "Expected",
+    "Pending",
+    "PipelinedBackend",
+    "select_file",
+]

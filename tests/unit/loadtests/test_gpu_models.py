@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import onnxruntime
 import pytest
+
 from loadtests import gpu_onnxruntime
 from loadtests.gpu_models import make_cnn, make_transformer
 
