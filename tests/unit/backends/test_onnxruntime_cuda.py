@@ -13,6 +13,7 @@ import onnx_models
 import pytest
 from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
+from headrace.backends.base import DeviceArray
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
@@ -132,6 +133,32 @@ def test_what_is_staged_is_not_copied_again(tmp_path: Path) -> None:
 
     assert (pending.wait()[0] == 12).all()
     assert backend.host.copied[0] == 256 + 24, "one upload of both, the second aligned"
+
+
+def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -> None:
+    backend = load(onnx_models.two_inputs_two_outputs(), tmp_path)
+    theirs = np.full((2, 3), 9, np.float32)
+    lent = DeviceArray("cuda:0", theirs.ctypes.data, (2, 3), theirs.dtype, theirs)
+    owner = weakref.ref(theirs)
+    assert backend.accepts_device_inputs
+    for number in range(3):
+        staged = backend.stage({"a": (2, 3)})
+        staged["a"][...] = number
+        backend.lend({"b": lent})
+        pending = backend.launch(staged, None)
+        total, product = pending.wait()
+        assert (total == number + 9).all()
+        assert (product == number * 9).all()
+        pending.release()
+    backend.lend({"a": lent, "b": lent})
+    pending = backend.launch({}, ["product"])
+    del theirs, lent
+    assert owner() is not None, "the batch is not released yet"
+    assert (pending.wait()[0] == 81).all()
+    pending.release()
+    assert owner() is None
+    with pytest.raises(BackendError, match="onnxruntime: "):
+        backend.launch({"a": np.ones((2, 3), np.float32)}, None)
 
 
 def test_a_larger_batch_moves_the_buffers_and_is_right(tmp_path: Path) -> None:
