@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from headrace.backends.base import Array
+from headrace.backends.base import Array, DeviceSpace
 from headrace.backends.cuda import DeviceMemory, Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
@@ -118,6 +118,10 @@ class HostBackend(OnnxRuntimeCudaBackend):
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         super().__init__(path, instance)
         self.host = HostGpu()
+
+    @classmethod
+    def devices(cls, device: str) -> list[DeviceSpace]:
+        return []
 
     def _open_device(self) -> Gpu:
         return self.host

@@ -13,6 +13,7 @@ from headrace_kernels.launches import Launch
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 
+from headrace.backends.base import ArtifactSignature
 from headrace.backends.processing import Processing, classes_of
 from headrace.errors import BackendError, LoadError
 from headrace.signature import DataType, TensorSpec
@@ -28,6 +29,13 @@ _UINT8 = np.dtype(np.uint8)
 _FLOAT32 = np.dtype(np.float32)
 _INT32 = np.dtype(np.int32)
 _SCORES = {DataType.FP32: "float32", DataType.FP16: "float16", DataType.BF16: "bfloat16"}
+
+
+def can_run(processing: Processing, artifact: ArtifactSignature) -> bool:
+    """Whether there are kernels for it, and the model's tensors are on the device."""
+    if any(spec.optional or not spec.datatype.itemsize for spec in (*artifact.inputs, *artifact.outputs)):
+        return False
+    return all(spec.datatype in _SCORES for spec in artifact.outputs if spec.name in processing.outputs)
 
 
 class DeviceProcessing:
@@ -183,4 +191,4 @@ def load_kernels(processing: Processing, ordinal: int) -> Kernels | None:
     raise LoadError(f"[preprocess] and [postprocess] on cuda:{ordinal}: {reason}")
 
 
-__all__ = ["DeviceProcessing", "Tensor", "load_kernels"]
+__all__ = ["DeviceProcessing", "Tensor", "can_run", "load_kernels"]

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headrace.backends.base import Array, ArtifactSignature, DeviceArray, Pending, PipelinedBackend
+from headrace.backends.base import Array, ArtifactSignature, DeviceArray, Expected, Pending, PipelinedBackend
 from headrace.backends.cuda import Gpu, device_error, device_ordinal, is_device_lost, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place, lay_out
-from headrace.backends.cuda_processing import DeviceProcessing, Tensor, load_kernels
+from headrace.backends.cuda_processing import DeviceProcessing, Tensor, can_run, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_options import NO_CPU_FALLBACK, make_run_options, session_options
 from headrace.backends.onnxruntime_providers import check_providers, explain, gpu_unavailable, load_libraries, make_providers
@@ -78,6 +78,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         super().__init__(path, instance)
         self._gpu: Gpu | None = None
         self._lanes: Lanes | None = None
+        self._expected: Expected | None = None
         self._processing = Processing()
         self._kernels: DeviceProcessing | None = None
         self._inputs: dict[str, TensorSpec] = {}
@@ -114,7 +115,12 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         """Bytes of the device that loading and warming up took, of whichever instance did so at that time."""
         return self._device_memory
 
+    def expect(self, expected: Expected) -> None:
+        self._expected = expected
+
     def adopt(self, processing: Processing) -> bool:
+        if self._expected is not None and not can_run(processing, self._expected.artifact):
+            return False
         self._processing = processing
         return True
 

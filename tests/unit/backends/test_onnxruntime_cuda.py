@@ -13,14 +13,14 @@ import onnx_models
 import pytest
 from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
-from headrace.backends.base import DeviceArray
+from headrace.backends.base import DeviceArray, Expected
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
-from headrace.signature import DataType
+from headrace.signature import DataType, Signature
 from headrace_kernels.errors import KernelsUnavailable
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
@@ -264,6 +264,15 @@ def test_kernels_that_cannot_be_had_are_a_load_error(tmp_path: Path, monkeypatch
     monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: NumpyKernels())
     with pytest.raises(LoadError, match=r"\[postprocess\] on a GPU: NVRTC cannot compile topk.cu for sm_90: libnvrtc.so.13 was not found"):
         load(onnx_models.identity(), tmp_path, processing=Processing({}, {"y": TopK(1)}))
+
+
+def test_what_no_kernel_takes_is_left_to_numpy(tmp_path: Path) -> None:
+    for datatype, is_adopted in (("FP32", True), ("BF16", True), ("FP64", False), ("BYTES", False)):
+        path = onnx_models.save(onnx_models.identity(datatype), tmp_path / datatype)
+        backend = HostBackend(path, ON_GPU)
+        artifact = HostBackend.inspect(path)
+        backend.expect(Expected(artifact, Signature("m", artifact.inputs, artifact.outputs, 0)))
+        assert backend.adopt(Processing({}, {"y": TopK(1)})) is is_adopted
 
 
 def test_scores_that_no_kernel_takes_are_a_load_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
