@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from headrace.backends.base import CPU, Backend, BackendRegistry, select_file
+from headrace.backends.base import Backend, BackendRegistry, select_file
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
 from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows

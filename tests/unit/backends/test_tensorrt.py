@@ -165,7 +165,9 @@ def test_each_size_runs_in_the_narrowest_profile(machine: Machine) -> None:
 
 def test_shape_that_the_engine_was_not_built_for_fails_its_batch_alone(machine: Machine) -> None:
     backend = loaded(machine.plan())
-    with pytest.raises(BackendError, match=r"input 'x': expected a shape that the engine was built for, \[1,16\] to \[1,16\], .*got \[33,16\]"):
+    with pytest.raises(
+        BackendError, match=r"input 'x': expected a shape that the engine was built for, \[1,16\] to \[1,16\], .*got \[33,16\]"
+    ):
         backend.execute(batch(33), None)
     check(backend, 2)
 
@@ -442,5 +444,3 @@ def test_shape_in_model_toml_settles_a_free_dimension(machine: Machine) -> None:
     artifact = ArtifactSignature((TensorSpec("x", DataType.FP32, (-1, -1)),), ARTIFACT.outputs)
     backend.expect(Expected(artifact, Signature("m", ARTIFACT.inputs, ARTIFACT.outputs, 32)))
     check(loaded(backend), 32, 3.0)
-
-
