@@ -181,7 +181,7 @@ def test_device_memory_comes_back_over_swaps(tmp_path: Path) -> None:
 
 @needs_full
 def test_operator_that_tensorrt_lacks_is_told_with_its_node(tmp_path: Path) -> None:
-    with pytest.raises(LoadError, match="TensorRT could not build an engine: .*Det"):
+    with pytest.raises(LoadError, match=r"TensorRT could not build an engine: .*Det"):
         load(onnx_models.parse("g (float[N, 3, 3] x) => (float[N] y) { y = Det(x) }"), tmp_path / "m/1")
 
 

@@ -12,6 +12,7 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -127,32 +128,30 @@ def test_bases_can_be_derived_from_and_called_as_expected(module: str) -> None:
 
 
 WITHOUT_A_DEVICE = """
-from headrace.backends.tensorrt_api import find_library
+import sys
+from headrace.backends.tensorrt_api import _open
 from headrace.errors import LoadError
 try:
-    find_library().make("Runtime")
+    _open(sys.argv[1]).make("Runtime")
 except LoadError as error:
     print(error)
 """
 
 
-def test_runtime_without_a_device_is_a_load_error_and_not_the_end_of_the_process() -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_runtime_without_a_device_is_a_load_error_and_not_the_end_of_the_process(module: str) -> None:
     """In a process of its own: what TensorRT makes instead of raising ends the process once it is touched, or freed at its end."""
-    try:
-        find_library()
-    except LoadError as error:
-        pytest.skip(str(error))
+    installed(module)
     if has_device():
         pytest.skip("there is a device")
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_A_DEVICE], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_A_DEVICE, module], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
+    assert f"{module} " in ended.stdout
     assert "cannot make a Runtime: " in ended.stdout
     assert "needs an NVIDIA GPU and a driver" in ended.stdout
 
 
 def has_device() -> bool:
-    from pathlib import Path
-
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 
