@@ -139,7 +139,7 @@ def test_plan_of_a_signed_version_is_taken_and_of_an_unsigned_one_not(machine: M
     (directory / "model.toml").write_text(toml)
     destination = DirectoryDestination(str(directory.parent), SourceConfig())
     plan = machine.plan().path
-    with pytest.raises(LoadError, match="was not published: .*nobody has vouched"):
+    with pytest.raises(LoadError, match=r"was not published: .*nobody has vouched"):
         publish(Order(plan, "m"), destination, {"tensorrt": TensorRtBackend})
     published = Path(publish(Order(plan, "m", signing_key=private), destination, {"tensorrt": TensorRtBackend}).location)
     config = load_model_config(directory, "m")

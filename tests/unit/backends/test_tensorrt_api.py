@@ -18,7 +18,9 @@ from typing import Any
 
 import pytest
 from headrace.backends import tensorrt_api
-from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, find_library
+from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, Library, find_library
+from headrace.backends.tensorrt_builder import _monitor_class
+from headrace.backends.tensorrt_engine import _allocator_class
 from headrace.errors import LoadError
 
 
@@ -125,6 +127,24 @@ def test_bases_can_be_derived_from_and_called_as_expected(module: str) -> None:
         assert type(f"Our{base}", (found,), {"__init__": lambda self, found=found: found.__init__(self)})()
         for name, parameters in methods.items():
             assert takes(getattr(found, name), name, list(parameters)), name
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_our_own_classes_can_be_made_of_its_bases(module: str) -> None:
+    library = Library(installed(module))
+    allocator = _allocator_class(library)(64)
+    allocator.address = 4096
+    assert [allocator.reallocate_output_async("y", 0, size, 256, 1) for size in (64, 65)] == [4096, 0]
+    allocator.notify_shape("y", installed(module).Dims((2, 3)))
+    assert allocator.shape == (2, 3)
+    reports: list[dict[str, Any]] = []
+    monitor = _monitor_class(library, reports.append)()
+    monitor.phase_start("a", "", 3)
+    assert monitor.step_complete("a", 0)
+    assert reports[0] == {"phase": "a", "step": 0, "steps": 3}
+    library.logger.log(library.logger.ERROR, "what\nwas wrong")
+    assert library.take_errors() == "what was wrong"
+    assert not library.take_errors()
 
 
 WITHOUT_A_DEVICE = """
