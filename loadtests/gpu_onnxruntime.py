@@ -26,12 +26,12 @@ from typing import Any, Protocol
 
 import numpy as np
 import onnx
-
 from headrace.backends.base import Array, Pending
 from headrace.backends.cuda import Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_providers import gpu_unavailable, load_libraries
 from headrace.config import InstanceConfig
+
 from loadtests.calls import grpc_frame, infer_message
 from loadtests.encoded_calls import EncodedCall
 from loadtests.gpu_models import make_cnn, make_transformer
@@ -257,7 +257,9 @@ class _Given:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="loadtests.gpu_onnxruntime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="loadtests.gpu_onnxruntime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add_models_argument(parser)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(arguments)

@@ -7,9 +7,14 @@ import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from headrace_kernels.launches import Launch
 from headrace_kernels.sources import DIRECTORY, kernel_names
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
 
 HERE = Path(__file__).parent
 
@@ -30,15 +35,57 @@ class Emulator:
             assert not fault, f"{launch.kernel}: {fault.decode()}"
 
 
+class EmulatedMachine:
+    """What loadtests.kernel_checks runs on, here."""
+
+    def __init__(self, emulator: Emulator, order: int = 0) -> None:
+        self.multiprocessors = 1 + order % 3
+        self._emulator = emulator
+        self._order = order
+        self._kept: list[Array] = []
+
+    def upload(self, array: Array) -> int:
+        return self.result(array.shape, array.dtype, array).address
+
+    def result(self, shape: tuple[int, ...], dtype: Any, content: Array | None = None) -> EmulatedResult:
+        result = EmulatedResult(shape, np.dtype(dtype), content)
+        self._kept.append(result.around)
+        return result
+
+    def run(self, planned: Sequence[Launch]) -> None:
+        self._emulator.run(planned, self._order)
+
+
+class EmulatedResult:
+    GUARD = 64
+
+    def __init__(self, shape: tuple[int, ...], dtype: np.dtype[Any], content: Array | None = None) -> None:
+        size = int(np.prod(shape)) * dtype.itemsize
+        memory = np.full(size + 2 * self.GUARD + 64, 0xA5, np.uint8)
+        start = -memory.ctypes.data % 64
+        self.around = memory[start : start + size + 2 * self.GUARD]
+        self.array = self.around[self.GUARD : self.GUARD + size].view(dtype).reshape(shape)
+        if content is not None:
+            self.array[...] = content
+
+    @property
+    def address(self) -> int:
+        return self.array.ctypes.data
+
+    def read(self) -> Array:
+        beside = np.concatenate([self.around[: self.GUARD], self.around[-self.GUARD :]])
+        assert (beside == 0xA5).all(), "something was written beside the result"
+        return self.array
+
+
 def build(directory: Path) -> Path:
     """Raises RuntimeError where g++ is missing or refuses."""
     compiler = shutil.which("g++")
     if compiler is None:
         raise RuntimeError("g++ was not found on PATH")
     source, library = directory / "emulation.cpp", directory / "emulation.so"
-    entries = "\n".join(
-        f'    {{"{name}", {{Entry<{name}, decltype(&{name})>::call, parameters(&{name})}}}},' for names in kernel_names().values() for name in names
-    )
+    names = [name for names in kernel_names().values() for name in names]
+    entries = "\n".join(f'{{"{name}", {{Entry<{name}, decltype(&{name})>::call, parameters(&{name})}}}},' for name in names)
     source.write_text(_MAIN.replace("ENTRIES", entries))
     flags = ["-std=c++20", "-O1", "-fno-strict-aliasing", "-ffp-contract=off", "-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     command = [compiler, *flags, "-Wno-unknown-pragmas", "-shared", "-fPIC", f"-I{HERE}", f"-I{DIRECTORY}", "-o", str(library), str(source)]

@@ -194,6 +194,7 @@ inline unsigned short emulated_float_to_half(float value) {
     unsigned sign = std::signbit(value) ? 0x8000 : 0;
     float size = std::fabs(value);
     if (size >= 65520.0f) return sign | 0x7c00;
+    if (size == 0.0f) return sign;
     int exponent = 0;
     std::frexp(size, &exponent);
     // In units of the last place, which below 2^-14 stays what it is there. nearbyint: to the nearest, ties to even.

@@ -67,6 +67,9 @@ class FakeModels:
     def choose(self, request: InferRequest) -> VersionView:
         return self.resolve(request.model, request.version)
 
+    def choose_for_all(self, request: InferRequest) -> None:
+        return None
+
     def find(self, model: str, version: str) -> Sequence[VersionView]:
         return [found for found in self.versions if model in ("", found.model) and version in ("", str(found.version))]
 

@@ -145,6 +145,9 @@ class ScriptedModels:
     def choose(self, request: InferRequest) -> ScriptedVersion:
         return self.resolve(request.model, request.version)
 
+    def choose_for_all(self, request: InferRequest) -> None:
+        return None
+
     def find(self, model: str, version: str) -> Sequence[ScriptedVersion]:
         version = str(self.labels.get(version, version))
         if version and not version.isdecimal():

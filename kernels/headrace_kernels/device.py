@@ -7,33 +7,60 @@ an argument is frozen with the graph. Memory is the caller's: it must stay until
 
 from __future__ import annotations
 
+from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from headrace_kernels import launches
+from headrace_kernels.errors import KernelsUnavailable
+from headrace_kernels.launches import Launch
+from headrace_kernels.modules import Modules, cuda_core, unavailable
 from headrace_kernels.normalize import Normalize
+from headrace_kernels.sources import CHANNELS, DATATYPES, FLOATS
 
 if TYPE_CHECKING:
-    from cuda.core import GraphBuilder, Stream
-
-DATATYPES = ("float32", "float16", "bfloat16", "int32", "int64", "uint8")
-"""What gather, screen and histogram read and gather writes. Names as numpy's, and bfloat16 for what numpy has as uint16 bits."""
-FLOATS = ("float32", "float16", "bfloat16")
-"""What softmax and topk read, and what normalize writes."""
+    from cuda.core import GraphBuilder, LaunchConfig, Stream
 
 
 class Kernels:
-    """The kernels loaded on one device. Loaded when made: raises KernelsUnavailable with what is missing.
+    """The kernels on one device. Raises KernelsUnavailable, when made or at a kernel's first launch, with what is missing.
 
-    Use it from one thread at a time, with the device's context current (`cuda.core.Device(device_id).set_current()` on that thread).
-    Every launcher raises ValueError, before anything is launched, for sizes or types that its kernel does not take.
+    Its state is what has been loaded. A kernel is loaded at its first launch, and compiled then where there is no fatbin: launch once, or
+    `load`, before a graph is captured. Use it from one thread at a time, with the device's context current on that thread
+    (`cuda.core.Device(device_id).set_current()`). Every launcher raises ValueError, before anything is launched, for sizes or types that
+    its kernel does not take.
     """
 
-    def __init__(self, device_id: int = 0) -> None:
-        raise NotImplementedError
+    def __init__(self, device_id: int = 0, fatbin: Path | None = None, cache: Path | None = None) -> None:
+        core = cuda_core()
+        try:
+            device = core.Device(device_id)
+            device.set_current()
+            self.multiprocessors: int = device.properties.multiprocessor_count
+            self.modules = Modules(f"sm_{device.arch}", fatbin, cache)
+        except Exception as error:
+            raise KernelsUnavailable(unavailable(f"device {device_id}", error)) from error
+        self.device_id = device_id
+        self._launch = core.launch
+
+    def __repr__(self) -> str:
+        return f"Kernels(device {self.device_id}, {self.modules!r})"
 
     @staticmethod
-    def can_normalize(normalize: Normalize, channels: int) -> bool:
-        """Whether `normalize` takes it: one to four channels."""
-        raise NotImplementedError
+    def can_normalize(channels: int) -> bool:
+        """Whether `normalize` takes such images: of 1, 3 or 4 channels."""
+        return channels in CHANNELS
+
+    def load(self, planned: tuple[Launch, ...]) -> None:
+        """So that their first launch, which may be into a graph, finds them there."""
+        for launch in planned:
+            self.modules.kernel(launch.kernel)
+
+    def run(self, stream: Stream | GraphBuilder, planned: tuple[Launch, ...]) -> None:
+        """What one of the functions of launches.py planned."""
+        for launch in planned:
+            config = _config(launch.grid, launch.block, launch.shared)
+            self._launch(stream, config, self.modules.kernel(launch.kernel), *launch.arguments)
 
     def gather(
         self,
@@ -56,7 +83,20 @@ class Kernels:
         the batch, so that only real rows cross the bus. `mask`: [rows, width] of `target`, 1 where an element came from the slab,
         else 0; 0: not wanted. `source` and `target` are DATATYPES.
         """
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.gather(
+                slab=slab,
+                table=table,
+                into=into,
+                rows=rows,
+                width=width,
+                source=source,
+                target=target,
+                pad=pad,
+                mask=mask,
+            ),
+        )
 
     def normalize(
         self,
@@ -75,7 +115,19 @@ class Kernels:
 
         `table`: as of gather, for images that lie anywhere in the slab at `images`; 0: one behind the other.
         """
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.normalize(
+                images=images,
+                into=into,
+                rows=rows,
+                height=height,
+                width=width,
+                channels=channels,
+                normalize=normalize,
+                table=table,
+            ),
+        )
 
     def screen(
         self,
@@ -95,7 +147,20 @@ class Kernels:
         `owners`: int32 [rows] in device memory, the request of each row; -1: padding, not looked at. `by_feature`: [features] of
         screen.RECORD; `by_request`: [requests] of it. 0: not wanted.
         """
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.screen(
+                values=values,
+                datatype=datatype,
+                rows=rows,
+                features=features,
+                owners=owners,
+                by_feature=by_feature,
+                by_request=by_request,
+                requests=requests,
+                multiprocessors=self.multiprocessors,
+            ),
+        )
 
     def histogram(
         self,
@@ -115,11 +180,33 @@ class Kernels:
         `edges`: fp32 [features, edge_count], ascending, padded with +inf. `counts`: int64 [features, edge_count + 1]. `live`: address of
         an int32: the first so many rows are counted; 0: all.
         """
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.histogram(
+                values=values,
+                datatype=datatype,
+                rows=rows,
+                features=features,
+                edges=edges,
+                edge_count=edge_count,
+                counts=counts,
+                live=live,
+                multiprocessors=self.multiprocessors,
+            ),
+        )
 
     def softmax(self, stream: Stream | GraphBuilder, *, scores: int, into: int, rows: int, classes: int, datatype: str) -> None:
         """topk.Softmax of [rows, classes] of FLOATS: fp32 `into`, which may be `scores` where that is fp32 too."""
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.softmax(
+                scores=scores,
+                into=into,
+                rows=rows,
+                classes=classes,
+                datatype=datatype,
+            ),
+        )
 
     def topk(
         self,
@@ -135,7 +222,27 @@ class Kernels:
         datatype: str,
     ) -> None:
         """topk.TopK of [rows, classes] of FLOATS: `values` fp32 [rows, k] and `indices` int32 [rows, k]. 1 <= k <= classes."""
-        raise NotImplementedError
+        self.run(
+            stream,
+            launches.topk(
+                scores=scores,
+                values=values,
+                indices=indices,
+                rows=rows,
+                classes=classes,
+                k=k,
+                softmax=softmax,
+                datatype=datatype,
+            ),
+        )
+
+
+@lru_cache(maxsize=1024)
+def _config(grid: tuple[int, int], block: tuple[int, int], shared: int) -> LaunchConfig:
+    """Made once for each of the sizes that a server has: a launch is a few microseconds, and this is one of them."""
+    from cuda.core import LaunchConfig
+
+    return LaunchConfig(grid=grid, block=block, shmem_size=shared)
 
 
 def normalize_tolerance(normalize: Normalize) -> float:

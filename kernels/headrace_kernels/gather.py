@@ -38,7 +38,9 @@ def gather(slab: Array, table: Array, width: int, source: str, target: str, pad:
     1 where an element came from the slab. Elements beyond `width` are cut off."""
     dtype = storage(source)
     batch = np.empty((len(table), width), storage(target))
-    batch[:] = cast(np.asarray([pad], np.int64 if isinstance(pad, int) else np.float32), "int64" if isinstance(pad, int) else "float32", target)
+    batch[:] = cast(
+        np.asarray([pad], np.int64 if isinstance(pad, int) else np.float32), "int64" if isinstance(pad, int) else "float32", target
+    )
     mask = cast(np.zeros(batch.shape, np.uint8), "uint8", target)
     one = cast(np.ones(1, np.uint8), "uint8", target)
     for row, (offset, length) in enumerate(table.tolist()):
@@ -54,15 +56,14 @@ def storage(datatype: str) -> np.dtype[Any]:
 
 
 def cast(values: Array, source: str, target: str) -> Array:
-    """Numbers become 16-bit floats by way of fp32, ties to even; to integers they are cut toward zero and saturate, NaN is 0; integers wrap.
-
-    numpy leaves the second to the processor, and has no bfloat16.
+    """Numbers become 16-bit floats by way of fp32, ties to even. Floats become integers cut toward zero and saturate, NaN is 0: numpy
+    leaves that to the processor. Integers wrap.
     """
     if source == target:
         return values
-    if np.dtype(storage(source)).kind == "i" or source == "uint8":
-        if target in ("int32", "int64", "uint8"):
-            return values.astype(target)
+    integers = ("int32", "int64", "uint8")
+    if source in integers and target in integers:
+        return values.astype(target)
     numbers = _from_bfloat16(values) if source == BFLOAT16 else values.astype(np.float32)
     if target == BFLOAT16:
         return _to_bfloat16(numbers)

@@ -177,9 +177,7 @@ def softmax(*, scores: int, into: int, rows: int, classes: int, datatype: str) -
     return (_of_rows("softmax", datatype, rows, classes, (scores, into, ctypes.c_longlong(rows), ctypes.c_uint(classes))),)
 
 
-def topk(
-    *, scores: int, values: int, indices: int, rows: int, classes: int, k: int, softmax: bool, datatype: str
-) -> tuple[Launch, ...]:
+def topk(*, scores: int, values: int, indices: int, rows: int, classes: int, k: int, softmax: bool, datatype: str) -> tuple[Launch, ...]:
     _check("topk", "datatype", datatype, FLOATS)
     if not 1 <= k <= classes:
         raise ValueError(f"topk: expected k of 1 to {classes}, got {k}")
@@ -208,4 +206,16 @@ def _up(number: int, to: int) -> int:
     return _parts(number, to) * to
 
 
-__all__ = ["Argument", "Launch", "coefficients", "counter_copies", "gather", "histogram", "normalize", "pad_bits", "screen", "softmax", "topk"]
+__all__ = [
+    "Argument",
+    "Launch",
+    "coefficients",
+    "counter_copies",
+    "gather",
+    "histogram",
+    "normalize",
+    "pad_bits",
+    "screen",
+    "softmax",
+    "topk",
+]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -16,6 +15,10 @@ Shape = tuple[int, ...]
 
 Layout = Literal["NCHW", "NHWC"]
 Datatype = Literal["float32", "float16", "bfloat16"]
+
+LARGEST = 1e30
+LEAST_DEVIATION = 1e-30
+"""So that fp32 has them all, and nothing that is made of them is NaN."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,13 +43,13 @@ class Normalize:
     def __post_init__(self) -> None:
         if self.size is not None and (len(self.size) != 2 or min(self.size) < 1):
             raise ValueError(f"size: expected height and width, each at least 1, got {list(self.size)}")
-        if not math.isfinite(self.scale):
-            raise ValueError(f"scale: expected a finite number, got {self.scale}")
+        if not abs(self.scale) <= LARGEST:
+            raise ValueError(f"scale: expected a number of at most {LARGEST:g}, got {self.scale}")
         for name, values in (("mean", self.mean), ("deviation", self.deviation)):
-            if not values or not all(map(math.isfinite, values)):
-                raise ValueError(f"{name}: expected a finite number, or one for each channel, got {list(values)}")
-        if min(self.deviation) <= 0:
-            raise ValueError(f"deviation: expected numbers above 0, got {list(self.deviation)}")
+            if not values or not all(abs(value) <= LARGEST for value in values):
+                raise ValueError(f"{name}: expected a number of at most {LARGEST:g}, or one for each channel, got {list(values)}")
+        if min(self.deviation) < LEAST_DEVIATION:
+            raise ValueError(f"deviation: expected numbers above 0, at least {LEAST_DEVIATION:g}, got {list(self.deviation)}")
         if self.channels is not None and {len(self.mean), len(self.deviation)} - {1, self.channels}:
             raise ValueError(f"deviation: expected as many numbers as mean has, {len(self.mean)}, got {len(self.deviation)}")
         for name, value, choices in (("layout", self.layout, get_args(Layout)), ("datatype", self.datatype, get_args(Datatype))):
@@ -78,31 +81,38 @@ class Normalize:
             raise ValueError(f"out: expected {dtype} {list(shape)}, got {out.dtype} {list(out.shape)}")
         if not out.size:
             return out
-        planes = out if self.layout == "NCHW" else out.transpose(0, 3, 1, 2)
         # One at a time: what lies between is small enough for the cache.
-        for image, into in zip(images, planes, strict=True):
-            self._write(image, into)
+        for image, into in zip(images, out, strict=True):
+            values = into if self.datatype == "float32" else np.empty(into.shape, np.float32)
+            with np.errstate(over="ignore"):  # beyond the type is an infinity
+                self._write(image, values)
+                if values is not into:
+                    into[...] = _to_bfloat16(values) if self.datatype == "bfloat16" else values
         return out
 
-    def _write(self, image: Array, into: Array) -> None:
-        """[height, width, channels] to the planes [channels, height, width]."""
+    def _write(self, image: Array, values: NDArray[np.float32]) -> None:
+        """[height, width, channels] to `values` in the layout."""
         if self.size is None or self.size == image.shape[:2]:
-            planes = image.transpose(2, 0, 1)
+            planes: Array = image.transpose(2, 0, 1)
         else:
             planes = resize(image, self.size, antialias=self.antialias)
         if self.reverse_channels:
             planes = planes[::-1]
-        values = into if self.datatype == "float32" else np.empty(into.shape, np.float32)
-        np.multiply(planes, np.float32(self.scale), out=values)
+        is_nhwc = self.layout == "NHWC"
+        np.multiply(planes.transpose(1, 2, 0) if is_nhwc else planes, np.float32(self.scale), out=values)
+        # By lines of pixels: an axis of three channels is too short for numpy to be fast along it.
+        lines = values.reshape(len(values), -1)
         if any(self.mean):
-            values -= np.array(self.mean, np.float32)[:, None, None]
+            lines -= self._by_line(self.mean, lines)
         if set(self.deviation) != {1.0}:
-            values /= np.array(self.deviation, np.float32)[:, None, None]
-        if self.datatype == "bfloat16":
-            into[...] = _to_bfloat16(values)
-        elif values is not into:
-            with np.errstate(over="ignore"):  # beyond fp16 is an infinity
-                into[...] = values
+            lines /= self._by_line(self.deviation, lines)
+
+    def _by_line(self, numbers: tuple[float, ...], lines: Array) -> NDArray[np.float32]:
+        """One for each line, or in NHWC one for each element of any."""
+        each = np.array(numbers, np.float32)
+        if len(each) == 1:
+            return each
+        return np.tile(each, lines.shape[1] // len(each)) if self.layout == "NHWC" else each[:, None]
 
 
 def _to_bfloat16(values: NDArray[np.float32]) -> NDArray[np.uint16]:

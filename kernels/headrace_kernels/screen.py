@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from headrace_kernels.gather import BFLOAT16, cast
+
 Array = NDArray[Any]
 
 RECORD = np.dtype([("sum", "f8"), ("squares", "f8"), ("minimum", "f4"), ("maximum", "f4"), ("nonfinite", "u4"), ("finite", "u4")])
@@ -15,12 +17,14 @@ values are NaN or infinite. 32 bytes, as the kernel writes them."""
 
 
 def screen(values: Array, owners: Array, requests: int) -> tuple[NDArray[np.void], NDArray[np.void]]:
-    """([features], [requests]) of RECORD of [rows, features] values, taken as fp32. `owners` [rows]: the request of each row, -1: padding.
+    """([features], [requests]) of RECORD of [rows, features] values, taken as fp32; uint16 holds the bits of bfloat16.
+
+    `owners` [rows]: the request of each row; -1: padding, not looked at.
 
     Sums and squares are of fp32 numbers in fp64, where each square is exact; only their additions round, in any order. So two
     results differ by no more than values * 2^-53 times the sum of the magnitudes (`sum_tolerance`). Everything else is exact.
     """
-    numbers = values.astype(np.float32)
+    numbers = cast(values, BFLOAT16 if values.dtype == np.uint16 else values.dtype.name, "float32")
     real = owners >= 0
     by_feature = _records(numbers[real], values.shape[1])
     by_request = np.empty(requests, RECORD)

@@ -56,14 +56,14 @@ def _as_float32(scores: Array) -> NDArray[np.float32]:
     if scores.dtype == np.uint16:
         return (scores.astype(np.uint32) << 16).view(np.float32)
     with np.errstate(over="ignore"):  # what fp64 holds and fp32 does not is an infinity
-        return scores.astype(np.float32, copy=False)
+        return np.asarray(scores, np.float32)
 
 
 def _softmax(values: NDArray[np.float32]) -> NDArray[np.float32]:
     if not values.size:
         return values.copy()
     with np.errstate(invalid="ignore"):  # inf - inf
-        powers = np.exp(values - values.max(axis=-1, keepdims=True))
+        powers: NDArray[np.float32] = np.exp(values - values.max(axis=-1, keepdims=True))
         powers /= powers.sum(axis=-1, keepdims=True)
     return powers
 
@@ -74,4 +74,4 @@ def _keys(values: NDArray[np.float32]) -> NDArray[np.int64]:
     # Of negative floats the larger pattern is the lesser number.
     order = np.where(bits < 0, bits ^ np.int32(0x7FFFFFFF), bits).astype(np.int64)
     order[np.isnan(values)] = np.iinfo(np.int32).min
-    return (order << 32) | (_LOW - np.arange(values.shape[1], dtype=np.int64))
+    return np.asarray((order << 32) | (_LOW - np.arange(values.shape[1], dtype=np.int64)))

@@ -5,6 +5,7 @@ The path: bytes -> InferRequest (wire) -> Ticket (admitted to one version's batc
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Sequence
 from typing import Protocol
 
@@ -19,9 +20,35 @@ Parameters = dict[str, Parameter]
 NO_PARAMETERS: Parameters = {}
 """Shared by the many tensors that have none. Nobody writes to a Parameters after decoding."""
 
-TensorBytes = bytes | memoryview | NDArray[np.object_]
+
+class DeviceMemory(ABC):
+    """Bytes that a client lends in a device's memory; they are there for as long as this is held. Any thread, and it blocks."""
+
+    __slots__ = ("device", "nbytes", "pointer")
+
+    def __init__(self, device: str, pointer: int, nbytes: int) -> None:
+        self.device = device
+        self.pointer = pointer
+        self.nbytes = nbytes
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.device}, {self.nbytes} bytes)"
+
+    @abstractmethod
+    def read(self) -> memoryview:
+        """A copy of it all in the host's memory. Raises BackendError."""
+
+    @abstractmethod
+    def write(self, content: bytes | memoryview) -> None:
+        """From its beginning; no more than it has. Raises BackendError."""
+
+
+TensorBytes = bytes | memoryview | NDArray[np.object_] | DeviceMemory
 """A tensor's content: little-endian row-major bytes (a view of the received message where possible), or for BYTES a
-one-dimensional object array with one `bytes` an element."""
+one-dimensional object array with one `bytes` an element. DeviceMemory until the batch is gathered: see batching/device_inputs.py."""
 
 
 class InputTensor:
@@ -54,10 +81,17 @@ class Destination:
 
     __slots__ = ("offset", "region", "view")
 
-    def __init__(self, region: str, offset: int, view: memoryview) -> None:
+    def __init__(self, region: str, offset: int, view: memoryview | DeviceMemory) -> None:
         self.region = region
         self.offset = offset
         self.view = view
+
+    def write(self, content: bytes | memoryview) -> None:
+        """From its beginning; no more than it has. Raises BackendError."""
+        if isinstance(self.view, DeviceMemory):
+            self.view.write(content)
+        else:
+            self.view[: len(content)] = content
 
     def __repr__(self) -> str:
         return f"Destination({self.region!r}, {self.offset}, {self.view.nbytes} bytes)"
@@ -82,10 +116,10 @@ class InferRequest:
     """A decoded ModelInfer message. `outputs` empty means all of them. `likeness` where it is known to be like others.
 
     `uses_regions`: some of its tensors lie in shared memory, and may be overwritten by the client once it has its answer.
-    `destinations`: where each of `outputs` goes, None where all go into the answer.
+    `on_device`: some of its inputs are DeviceMemory. `destinations`: where each of `outputs` goes, None where all go into the answer.
     """
 
-    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "outputs", "parameters", "uses_regions", "version")
+    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "on_device", "outputs", "parameters", "uses_regions", "version")
 
     def __init__(
         self,
@@ -106,10 +140,37 @@ class InferRequest:
         self.outputs = outputs
         self.parameters = parameters
         self.uses_regions = uses_regions
+        self.on_device = False
         self.destinations: Destinations | None = None
 
     def __repr__(self) -> str:
         return f"InferRequest({self.model}:{self.version or 'default'}, id={self.id!r}, {self.inputs!r})"
+
+
+class Alike:
+    """Requests that came together and are like each other, with one tensor each and no id: `first` is one of them, and `contents[i]`
+    is the content of that of `replies[i]`. What is true of one is found out once for all of them."""
+
+    __slots__ = ("contents", "first", "replies")
+
+    def __init__(self, first: InferRequest, contents: Sequence[bytes], replies: Sequence[Reply]) -> None:
+        self.first = first
+        self.contents = contents
+        self.replies = replies
+
+    def __repr__(self) -> str:
+        return f"Alike({len(self.replies)} of {self.first!r})"
+
+    def calls(self) -> list[tuple[InferRequest, Reply]]:
+        """One by one."""
+        return [(self._request(content), reply) for content, reply in zip(self.contents, self.replies, strict=True)]
+
+    def _request(self, content: bytes) -> InferRequest:
+        first, tensor = self.first, self.first.inputs[0]
+        own = InputTensor(tensor.name, tensor.datatype, tensor.shape, content, tensor.parameters)
+        return InferRequest(
+            first.model, first.version, first.id, [own], first.outputs, first.parameters, first.likeness, first.uses_regions
+        )  # fmt: skip
 
 
 Answer = bytes | HeadraceError
@@ -166,12 +227,13 @@ class Ticket:
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
     signature's order, `destinations` in that of `outputs` (None: all go into the answer). Times are time.monotonic(): `arrived`
     when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
-    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it.
+    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it. `on_device`: some
+    of its inputs are DeviceMemory.
     """
 
     __slots__ = (
         "answer_by", "arrived", "destinations", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key",
-        "outputs",
+        "on_device", "outputs",
         "priority", "reply", "rows",
     )  # fmt: skip
 
@@ -189,7 +251,9 @@ class Ticket:
         arrived: float = 0.0,
         is_bound: bool = False,
         destinations: Destinations | None = None,
+        on_device: bool = False,
     ) -> None:
+        self.on_device = on_device
         self.answer_by = answer_by
         self.is_bound = is_bound
         self.destinations = destinations

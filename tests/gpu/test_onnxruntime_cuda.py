@@ -21,8 +21,9 @@ from headrace.errors import LoadError
 from headrace.signature import DataType
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
-from loadtests.gpu_models import make_cnn, make_transformer
 from onnx import ModelProto
+
+from loadtests.gpu_models import make_cnn, make_transformer
 
 REASON = gpu_unavailable()
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(bool(REASON), reason=REASON or "there is a GPU")]
@@ -138,7 +139,9 @@ def test_one_batch_is_uploaded_while_another_one_computes(tmp_path: Path) -> Non
 
 
 def test_steps_around_the_model_are_those_of_their_definitions(tmp_path: Path) -> None:
-    model = onnx_models.parse("g (float[N,3,32,32] x) => (float[N,3072] scores, float[N,3072] odds) { scores = Flatten(x) odds = Flatten(x) }")
+    model = onnx_models.parse(
+        "g (float[N,3,32,32] x) => (float[N,3072] scores, float[N,3072] odds) { scores = Flatten(x) odds = Flatten(x) }"
+    )
     steps = Processing({"x": Normalize(size=(32, 32), mean=(0.5, 0.4, 0.3))}, {"scores": TopK(5), "odds": Softmax()})
     backend = load(model, tmp_path, processing=steps)
     images = np.random.default_rng(1).integers(0, 256, (3, 48, 40, 3), np.uint8)
@@ -175,7 +178,7 @@ def test_a_graph_is_refused_for_a_model_that_computes_on_the_cpu_too(tmp_path: P
 
 def test_nodes_on_the_cpu_are_refused_where_that_is_asked_for(tmp_path: Path) -> None:
     model = onnx_models.parse("g (float[N] x) => (float[K] y) { y = Unique(x) }")
-    with pytest.raises(LoadError, match="disable_cpu_ep_fallback|CPU"):
+    with pytest.raises(LoadError, match=r"disable_cpu_ep_fallback|CPU"):
         load(model, tmp_path, {"session.disable_cpu_ep_fallback": "true"})
 
 

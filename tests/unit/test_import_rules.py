@@ -13,7 +13,16 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests", "headrace.telemetry.trace_context"),
-    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
+    (
+        "headrace.shared_memory",
+        "headrace.cuda_runtime",
+        "headrace.cuda_regions",
+        "headrace.client_memory",
+        "headrace.signature",
+        "headrace.telemetry.log",
+        "headrace.telemetry.access_log",
+        "headrace.threads",
+    ),
     ("headrace.config", "headrace.backends.processing"),
     (
         "headrace.config_loading",
@@ -53,6 +62,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "headrace.sources.verification",
         "headrace.backends.onnx_graph",
+        "headrace.backends.processed",
+        "headrace.lifecycle.processing",
         "headrace.backends.cuda",
         "headrace.backends.cuda_lanes",
         "headrace.backends.cuda_processing",
@@ -93,6 +104,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.view",
         "headrace.lifecycle.placement",
         "headrace.lifecycle.devices",
+        "headrace.batching.device_inputs",
         "headrace.lifecycle.admission",
         "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
@@ -105,6 +117,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.publish",
     ),
     (
+        "headrace.backends.pipeline",
+        "headrace.backends.runner",
         "headrace.backends.worker",
         "headrace.lifecycle.recorded",
         "headrace.lifecycle.drift_subject",
@@ -134,6 +148,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_models",
         "headrace.cli_replay",
         "headrace.cli_feedback",
+        "headrace.cli_health",
         "headrace.cli_tables",
     ),
 )
@@ -145,13 +160,14 @@ PURE = (
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
-    "headrace.lifecycle.placement",
+    "headrace.batching.device_inputs",
     "headrace.lifecycle.policy", "headrace.lifecycle.placement", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
+    "headrace.lifecycle.processing", "headrace.backends.processing",
     "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
     "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.processing import Processing
@@ -64,6 +65,18 @@ class DeviceSpace:
     free: int
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceArray:
+    """An input that lies in a device's memory, C-contiguous. Not to be written to. `owner` keeps it there: whoever reads it holds that
+    until nothing on the device reads it any more."""
+
+    device: str
+    pointer: int
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    owner: object
+
+
 class Backend(ABC):
     """One runtime. Raises LoadError from `inspect` and `load`, BackendError from `execute`; both with the runtime's own reason."""
 
@@ -77,6 +90,9 @@ class Backend(ABC):
     works_on_the_caller: ClassVar[bool] = False
     """Whether `execute` does its work, or an equal share of it, on the thread that calls it, so that the thread's CPU time tells what a
     batch costs, whatever else runs on the same cores."""
+
+    accepts_device_inputs: ClassVar[bool] = False
+    """Whether `lend` may be called."""
 
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         self.path = path
@@ -159,6 +175,11 @@ class Backend(ABC):
         Returned arrays are C-contiguous and owned by the caller. BYTES are object arrays of bytes or str; BF16 is uint16.
         """
 
+    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
+        """Right before an `execute` or `launch`, whose `inputs` then lack these: what a client has put on this instance's device. They
+        may be read until that batch's outputs have been returned, or until it is released."""
+        raise NotImplementedError
+
     @abstractmethod
     def close(self) -> None:
         """Give everything back. Nothing of the session may survive in a reference, traceback or global."""
@@ -220,6 +241,7 @@ __all__ = [
     "ArtifactSignature",
     "Backend",
     "BackendRegistry",
+    "DeviceArray",
     "DeviceSpace",
     "Expected",
     "Pending",

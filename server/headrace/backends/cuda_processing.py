@@ -90,9 +90,7 @@ class DeviceProcessing:
             return
         datatype, classes = self._scores[name], shape[-1]
         if isinstance(step, Softmax):
-            self._launcher.softmax(
-                stream, scores=scores, into=into[name], rows=math.prod(shape[:-1]), classes=classes, datatype=datatype
-            )
+            self._launcher.softmax(stream, scores=scores, into=into[name], rows=math.prod(shape[:-1]), classes=classes, datatype=datatype)
             return
         self._launcher.topk(
             stream,

@@ -29,7 +29,7 @@ from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place,
 from headrace.backends.cuda_processing import DeviceProcessing, Tensor, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_options import NO_CPU_FALLBACK, make_run_options, session_options
-from headrace.backends.onnxruntime_providers import check_providers, gpu_unavailable, load_libraries, make_providers
+from headrace.backends.onnxruntime_providers import check_providers, explain, gpu_unavailable, load_libraries, make_providers
 from headrace.backends.onnxruntime_session import ONNX_BFLOAT16, Provider, one_line
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
@@ -136,8 +136,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         if self.instance.options.get(NO_CPU_FALLBACK) == "true":
             options.add_session_config_entry(NO_CPU_FALLBACK, "1")
         providers = self._make_providers(gpu.ordinal, int(lanes.streams.compute.handle))
-        signature = self._open(options, providers)
-        check_providers(self._session, providers)
+        signature = self._open_on_gpu(options, providers)
         self._describe(signature)
         self._kernels = DeviceProcessing(self._processing, load_kernels(self._processing, gpu.ordinal), signature.outputs)
         self._plans = [OrderedDict() for _ in lanes.all]
@@ -151,6 +150,15 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
             bytes=self._device_memory,
             provider=self._session.get_providers()[0],
         )
+
+    def _open_on_gpu(self, options: Any, providers: list[Provider]) -> ArtifactSignature:
+        try:
+            signature = self._open(options, providers)
+            check_providers(self._session, providers)
+            return signature
+        except LoadError as error:
+            failure = explain(error.with_traceback(None), providers)
+        raise failure
 
     def _open_device(self) -> Gpu:
         if reason := gpu_unavailable():

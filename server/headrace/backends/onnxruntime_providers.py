@@ -76,6 +76,13 @@ def check_providers(session: Any, wanted: list[Provider]) -> None:
             raise LoadError(f"onnxruntime could not load its {name}: {provider_failure(name)}")
 
 
+def explain(error: LoadError, wanted: list[Provider]) -> LoadError:
+    """The same, or with the library's name where the runtime does not say which one it lacks."""
+    if "TensorRT libraries" in str(error) and any(provider[0] == TENSORRT for provider in wanted):
+        return LoadError(f"onnxruntime could not load its {TENSORRT}: {provider_failure(TENSORRT)}")
+    return error
+
+
 def provider_failure(name: str) -> str:
     """Why the library of a provider cannot be loaded.
 

@@ -65,6 +65,7 @@ class Batcher:
         shard: CounterShard,
         schedule: Schedule = at_once,
         on_dropped: Callable[[Sequence[Ticket], HeadraceError], None] | None = None,
+        instances: int = 1,
         on_lost: Callable[[Instance, DeviceLost], None] | None = None,
     ) -> None:
         self._name = name
@@ -84,8 +85,7 @@ class Batcher:
         self._idle: list[Instance] = []
         self._running: dict[Ticket, _Running] = {}
         """By the first ticket of the batch."""
-        self._instances = 1
-        """As many as were seen free or running at once."""
+        self._instances = instances
         self._lost: set[Instance] = set()
         self._refused_rows = 0
         self._refusing_since = NEVER
@@ -125,20 +125,21 @@ class Batcher:
         refused: list[tuple[Ticket, HeadraceError]] = []
         now = self._clock()
         with self._lock:
-            push, is_full_for, is_open = self._queue.push, self._queue.is_full_for, self._is_open
+            push, most = self._queue.push, self._max_queue_rows
+            has_room = self._is_open and (not most or self._queue.rows + sum([ticket.rows for ticket in tickets]) <= most)
             for ticket in tickets:
                 ticket.enqueued = now
                 # Most have no deadline and find room.
-                if ticket.expires != NEVER or not is_open or is_full_for(ticket.rows):
+                if ticket.expires != NEVER or not has_room:
                     try:
                         self._check(ticket, now)
                     except HeadraceError as error:
                         refused.append((ticket, error.with_traceback(None)))
                         continue
+                    if ticket.expires < self._armed:
+                        self._arm(ticket.expires)
                 push(ticket)
-                self._unsettled += 1
-                if ticket.expires < self._armed:
-                    self._arm(ticket.expires)
+            self._unsettled += len(tickets) - len(refused)
             has_idle = bool(self._idle)
         if has_idle:
             self._schedule(self._wake_one)
@@ -180,9 +181,15 @@ class Batcher:
 
     def _free_at(self, now: float) -> list[float]:
         """When each instance has done what it runs, ascending; those that are about to look at the queue are free."""
-        mean = self.latencies.mean
-        ends = sorted([max(batch.began + mean(batch.rows), now) for batch in self._running.values()])
+        free: dict[Instance, float] = {}
+        for batch in self._running.values():
+            free[batch.instance] = self._end_of(batch, free.get(batch.instance, 0.0))
+        ends = sorted([max(end, now) for end in free.values()])
         return [now] * (self._instances - len(ends)) + ends
+
+    def _end_of(self, batch: _Running, before: float) -> float:
+        """`before`: when the batch that its instance got before it ends."""
+        return max(batch.began, before) + self.latencies.mean(batch.rows)
 
     def _is_probe(self, ticket: Ticket, now: float) -> bool:
         """Whether to try it against the estimate: with the device to itself the model could do it, and nobody else waits."""
@@ -205,8 +212,12 @@ class Batcher:
         with self._lock:
             self._shard.record_failure(reason)
 
-    def take(self, instance: Instance) -> tuple[list[Ticket], float]:
-        """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
+    def take(self, instance: Instance, lead: float = 0.0) -> tuple[list[Ticket], float]:
+        """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken).
+
+        An instance may take a batch while it runs another. It gets a full one at once; any other `lead` seconds before that one
+        ends, so that it could fill until then.
+        """
         now = self._clock()
         expired: list[Ticket] = []
         hopeless: list[Ticket] = []
@@ -214,6 +225,8 @@ class Batcher:
             if self._queue.has_deadlines:
                 expired = self._queue.expire(now)
             ready_at = self._ready_at()
+            if self._running and ready_at < NEVER and not self._queue.is_batch_full():
+                ready_at = max(ready_at, self._free_from(instance) - lead)
             if instance in self._lost:
                 # It may have been woken for what is queued now.
                 tickets, ready_at, helper = [], NEVER, self._pop_helper()
@@ -231,11 +244,18 @@ class Batcher:
             helper.wake()
         return tickets, ready_at
 
+    def _free_from(self, instance: Instance) -> float:
+        """When the instance has done what it runs; 0 when it runs nothing."""
+        end = 0.0
+        for batch in self._running.values():
+            if batch.instance is instance:
+                end = self._end_of(batch, end)
+        return end
+
     def _rest(self, instance: Instance) -> list[Ticket]:
         """Nothing to run now. On the list also when it will look again by itself, so that a filled batch need not wait for that."""
         if instance not in self._idle:
             self._idle.append(instance)
-            self._instances = max(self._instances, len(self._running) + len(self._idle))
         return []
 
     def _start(self, instance: Instance, now: float) -> tuple[list[Ticket], Instance | None]:
@@ -248,8 +268,7 @@ class Batcher:
         tickets = queue.take(latencies, now)
         queue.limit = latencies.worthwhile
         self._shard.record_dispatch(self._dispatch_reason(is_full))
-        self._running[tickets[0]] = _Running(now, rows - queue.rows, due)
-        self._instances = max(self._instances, len(self._running))
+        self._running[tickets[0]] = _Running(now, rows - queue.rows, due, instance)
         if now >= self._forecast.next_look:
             self._look(now)
         if not self._idle:
@@ -282,7 +301,8 @@ class Batcher:
         return min(ready_at, expiry - self.latencies.upper(min(self._queue.rows + 1, self._queue.limit)) - MARGIN)
 
     def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer], stretch: float = 0.0) -> None:
-        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe."""
+        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe, which does
+        not see a batch for which it is negative."""
         now = self._clock()
         for ticket in tickets:
             if ticket.is_settled:
@@ -298,9 +318,13 @@ class Batcher:
 
     def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float, stretch: float) -> None:
         batch = self._running.pop(tickets[0])
+        for first, other in self._running.items():
+            if other.instance is batch.instance:
+                # It had the device only from now on.
+                self._running[first] = other._replace(began=now)
         if batch.due < now:
             self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
-        if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
+        if now >= self.latencies.next_look and stretch >= 0.0 and not isinstance(answers[0], HeadraceError):
             self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now, stretch)
             self._refusing_since = NEVER
 
@@ -357,8 +381,7 @@ class Batcher:
             self._lost.add(instance)
             if instance in self._idle:
                 self._idle.remove(instance)
-            # Those that are about to look at the queue are counted again when they have.
-            self._instances = max(len(self._running) + len(self._idle), 1)
+            self._instances = max(self._instances - 1, 1)
             # It may have been the one that was to look again when a batch is due.
             helper = self._pop_helper()
         if helper is not None:
@@ -445,11 +468,12 @@ def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
 
 
 class _Running(NamedTuple):
-    """`due`: no ticket of it is, before that."""
+    """`began`: when its instance had nothing else to do. `due`: no ticket of it is, before that."""
 
     began: float
     rows: int
     due: float
+    instance: Instance
 
 
 _SHORTEST = 1e-6

@@ -9,15 +9,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from headrace.backends.base import Array, ArtifactSignature, Backend, Expected
+from headrace.backends.processed import processed
+from headrace.backends.processing import Processing
 from headrace.bench.choice import Sample
 from headrace.config import InstanceConfig
 from headrace.errors import HeadraceError, LoadError
@@ -49,6 +51,9 @@ class Trial:
     seconds: float
     is_first: bool
     recorded: Mapping[str, Array] | None = None
+    processing: Processing = field(default_factory=Processing)
+    output_names: Sequence[str] = ()
+    """The artifact's."""
 
 
 def run_trial(trial: Trial) -> dict[int, Sample]:
@@ -114,7 +119,7 @@ def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
 def _make(trial: Trial, backend: type[Backend]) -> Backend:
     made = backend(trial.path, trial.instance)
     made.expect(Expected(ArtifactSignature(trial.signature.inputs, trial.signature.outputs), trial.signature))
-    return made
+    return processed(made, trial.processing, trial.output_names)
 
 
 class _Instance:

@@ -6,10 +6,12 @@ Triton's, which bounds the queue alone: a configuration that works there has it 
 
 from __future__ import annotations
 
+from headrace.backends.processing import classes_of
+from headrace.batching.device_inputs import bring_to_host
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.lifecycle.value_checks import ValueChecks
-from headrace.requests import InferRequest, Parameters, Reply, RequestedOutput, Ticket
+from headrace.requests import Alike, InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import Signature
 from headrace.wire.shared_memory import REGION
 
@@ -28,35 +30,69 @@ def make_ticket(
     """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock."""
     admission = signature.validate(request)
     if checks is not None:
+        if request.on_device:
+            bring_to_host(request.inputs)
         checks.look_at(admission.inputs(request), request.id)
-    for output in request.outputs:
-        _check_output_parameters(output)
-    priority = batching.default_priority_level
-    answer_by = reply.deadline if reply.deadline is not None else NEVER
-    if batching.slo:
-        answer_by = min(answer_by, arrived + batching.slo)
-    if request.parameters:
-        _check_reserved(request.parameters)
-        priority = _priority(request.parameters, batching)
-        timeout = _timeout(request.parameters, batching)
-        if timeout:
-            answer_by = min(answer_by, arrived + timeout)
+    priority, answer_by = _terms(signature, batching, request, arrived)
+    if reply.deadline is not None and reply.deadline < answer_by:
+        answer_by = reply.deadline
     expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
     rows, key, reordered, outputs = admission
     inputs = request.inputs if reordered is None else reordered
     is_bound = bool(request.version)
     # By position: keywords make it half as dear again.
     return Ticket(
-        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations
+        reply, rows, key, inputs, outputs, request.id, priority, expires, answer_by, arrived, is_bound, request.destinations,
+        request.on_device,
     )  # fmt: skip
 
 
-def _check_output_parameters(output: RequestedOutput) -> None:
+def make_tickets(signature: Signature, batching: BatchingConfig, alike: Alike, arrived: float) -> list[Ticket]:
+    """As `make_ticket` of each. Raises what that would raise for each of them."""
+    first = alike.first
+    rows, key, reordered, outputs = signature.validate(first)
+    if reordered is not None:
+        return [make_ticket(signature, batching, request, reply, arrived) for request, reply in alike.calls()]
+    priority, latest = _terms(signature, batching, first, arrived)
+    must_start = arrived + batching.default_timeout if batching.default_timeout else NEVER
+    is_bound = bool(first.version)
+    tensor = first.inputs[0]
+    name, datatype, shape, parameters = tensor.name, tensor.datatype, tensor.shape, tensor.parameters
+    tickets = []
+    for content, reply in zip(alike.contents, alike.replies, strict=True):
+        deadline = reply.deadline
+        answer_by = latest if deadline is None or deadline > latest else deadline
+        inputs = (InputTensor(name, datatype, shape, content, parameters),)
+        tickets.append(
+            Ticket(
+                reply, rows, key, inputs, outputs, "", priority,
+                answer_by if answer_by < must_start else must_start, answer_by, arrived, is_bound,
+            )
+        )  # fmt: skip
+    return tickets
+
+
+def _terms(signature: Signature, batching: BatchingConfig, request: InferRequest, arrived: float) -> tuple[int, float]:
+    """Priority, and when it must be answered but for the call's own deadline. Raises for what cannot be granted."""
+    for output in request.outputs:
+        _check_output_parameters(signature, output)
+    answer_by = arrived + batching.slo if batching.slo else NEVER
+    if not request.parameters:
+        return batching.default_priority_level, answer_by
+    _check_reserved(request.parameters)
+    priority = _priority(request.parameters, batching)
+    timeout = _timeout(request.parameters, batching)
+    return priority, min(answer_by, arrived + timeout) if timeout else answer_by
+
+
+def _check_output_parameters(signature: Signature, output: RequestedOutput) -> None:
     """Ignoring what a client asks of an output would give it another tensor than it expects."""
     if "classification" in output.parameters:
         if REGION in output.parameters:
             raise InvalidRequest(f"output '{output.name}': expected 'classification' or '{REGION}', got both")
-        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
+        classes = classes_of(output.name)
+        instead = f"tensors '{output.name}' and '{classes}'" if any(s.name == classes for s in signature.outputs) else "tensor itself"
+        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the {instead}")
 
 
 def _check_reserved(parameters: Parameters) -> None:

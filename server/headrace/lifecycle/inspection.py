@@ -22,8 +22,8 @@ from headrace.sources.verification import verify_version
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time, on its devices too. `digest` is the
-    manifest's sha256; both it and the manifest are there for published versions only."""
+    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time, on its devices too.
+    `digest` is the manifest's sha256; both it and the manifest are there for published versions only."""
 
     effective: EffectiveModel
     needed: int

@@ -128,6 +128,10 @@ class ModelManager:
                 return found
         raise self._explain(request.model, request.version)
 
+    def choose_for_all(self, request: InferRequest) -> ModelVersion | None:
+        entry = self.models.get(request.model)
+        return entry.route.choose_for_all(request.version) if entry is not None else None
+
     def _explain(self, model: str, version: str) -> NotFound | NotReady:
         if self._is_stopping:
             return ShuttingDown("Server is shutting down: no new inference requests are taken")

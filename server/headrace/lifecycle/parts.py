@@ -21,8 +21,8 @@ from headrace.telemetry.records import RequestRecords
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """`slots`: versions that are fetched and loaded at a time. `drain_grace`, `pause`: seconds, see ModelVersion. `notify`
-    after any change, `unloaded` with each version that is gone, `lost` with an instance whose device, by its name, runs nothing any more."""
+    """`slots`: versions that are fetched and loaded at a time. `drain_grace`, `pause`: seconds, see ModelVersion. `notify` after any
+    change, `unloaded` with each version that is gone, `lost` with an instance whose device, by its name, runs nothing any more."""
 
     backends: BackendRegistry
     timer: Callable[[], Timer]

@@ -27,6 +27,12 @@ class Route:
         """The live version of a number or label, or the default one. Raises InvalidRequest for what is neither."""
         return self.live.get(parse_version(version, self.labels)) if version else self.default
 
+    def choose_for_all(self, version: str) -> ModelVersion | None:
+        """The version that is to answer every request for `version`; None when it is another for each, or none."""
+        if version:
+            return self.find(version) if version.isdigit() else None
+        return self.default if self.divert is None else None
+
     def choose(self, request: InferRequest) -> Submits | None:
         """The version that is to answer this request."""
         if self.divert is not None and not request.version:

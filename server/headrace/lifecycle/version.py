@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
-from headrace.backends.worker import BatchRunner, WarmUp, Worker
+from headrace.backends.runner import BatchRunner
+from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
 from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
 from headrace.config import InstanceConfig
@@ -22,7 +23,7 @@ from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
 from headrace.errors import DeviceLost, HeadraceError, LoadError, NotReady
-from headrace.lifecycle.admission import make_ticket
+from headrace.lifecycle.admission import make_ticket, make_tickets
 from headrace.lifecycle.attachments import Attached, Attachment
 from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.drift_subject import drift_subject
@@ -35,7 +36,7 @@ from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
 from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
-from headrace.requests import InferRequest, Reply
+from headrace.requests import Alike, InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
 from headrace.telemetry.counters import FailureReason, VersionCounters
@@ -199,6 +200,26 @@ class ModelVersion:
             refused.extend((request, reply, refusal) for request, reply in calls if reply is ticket.reply)
         return refused
 
+    def submit_alike(self, alike: Alike, arrived: float) -> list[Refused]:
+        batcher, effective = self._batcher, self.effective
+        if batcher is None or effective is None or self._checks is not None:
+            return self.submit_all(alike.calls(), arrived)
+        try:
+            tickets = make_tickets(effective.signature, effective.batching, alike, arrived)
+        except HeadraceError:
+            # Each with an error of its own.
+            return self.submit_all(alike.calls(), arrived)
+        cancel = batcher.cancel_reply
+        for ticket in tickets:
+            reply = ticket.reply
+            reply.ticket = ticket
+            reply.cancel = cancel
+        refusals = batcher.submit_all(tickets)
+        if not refusals:
+            return []
+        reasons = {ticket.reply: refusal for ticket, refusal in refusals}
+        return [(request, reply, reasons[reply]) for request, reply in alike.calls() if reply in reasons]
+
     # -- life: the event loop ------------------------------------------------------------------------------------------
 
     def allow_load(self) -> None:
@@ -319,10 +340,8 @@ class ModelVersion:
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
         runs = effective.config.warmup_runs
         instances = await self._place(effective.instances, backend)
-        backends = [backend(path, instance) for instance in instances]
         is_signed = self.inspection is not None and self.inspection.is_signed
-        for each in backends:
-            each.expect(effective.expected(is_signed=is_signed))
+        backends = [effective.make(backend, path, each, is_signed=is_signed) for each in instances]
         workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
@@ -342,16 +361,16 @@ class ModelVersion:
         errors = [result for result in results if isinstance(result, BaseException)]
         if errors:
             self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
-            for worker, instance, result in zip(workers, instances, results, strict=True):
+            for worker, each, result in zip(workers, backends, results, strict=True):
                 if isinstance(result, DeviceLost):
-                    self._on_lost(self, worker, instance.device, result)
+                    self._on_lost(self, worker, each.device, result)
             raise errors[0].with_traceback(None)
-        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
-        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
-        for device, reason in self._devices.find_lost(self._places.values()).items():
+        for device, reason in self._devices.find_lost([each.device for each in backends]).items():
             # While it was loaded, another version's batch found that out.
             self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
             raise DeviceLost(f"device '{device}' was lost: {reason}")
+        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
+        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
         return next(result for result in results if isinstance(result, WarmUp))
 
     async def _place(self, instances: InstanceConfig, backend: type[Backend]) -> list[InstanceConfig]:
@@ -365,7 +384,10 @@ class ModelVersion:
         if self._drift is None:
             return None
         published = self.inspection.reference if self.inspection is not None else None
-        before = predecessor._watch if predecessor is not None else None
+        # What was seen of tensors that something else was done to says nothing of these.
+        old = predecessor.effective if predecessor is not None else None
+        is_alike = old is not None and old.processing == effective.processing
+        before = predecessor._watch if predecessor is not None and is_alike else None
         return drift_subject(self.version, effective, published, before, self.counters)
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
@@ -388,6 +410,7 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
+            instances=len(self._workers),
             on_lost=self._hear_of_loss,
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
@@ -553,8 +576,8 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
     if before is None or before.effective is None:
         return NOTHING_KNOWN
     old = before.effective
-    is_alike = (old.backend, old.signature, old.batching, old.instances) == (
-        effective.backend, effective.signature, effective.batching, effective.instances,
+    is_alike = (old.backend, old.signature, old.batching, old.instances, old.processing) == (
+        effective.backend, effective.signature, effective.batching, effective.instances, effective.processing,
     )  # fmt: skip
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
     table = before._batcher.latencies if before._batcher is not None else None

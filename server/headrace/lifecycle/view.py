@@ -13,7 +13,7 @@ from headrace.errors import HeadraceError
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.events import Actor, EventLog
 from headrace.lifecycle.state import VersionState
-from headrace.requests import InferRequest, Reply
+from headrace.requests import Alike, InferRequest, Reply
 from headrace.signature import Signature
 from headrace.telemetry.counters import VersionCounters
 
@@ -40,6 +40,11 @@ def submit_each(to: Submits, calls: Sequence[Call], arrived: float) -> list[Refu
         except HeadraceError as error:
             refused.append((request, reply, error.with_traceback(None)))
     return refused
+
+
+class SubmitsAlike(Submits, Protocol):
+    def submit_alike(self, alike: Alike, arrived: float) -> list[Refused]:
+        """As `submit_all` of them, for much less than that of each."""
 
 
 class VersionView(Submits, Protocol):
@@ -96,6 +101,9 @@ class ModelsView(Protocol):
 
     def choose(self, request: InferRequest) -> Submits:
         """Whoever is to answer this request: as `resolve`, but that a part of what names no version may go to one on trial."""
+
+    def choose_for_all(self, request: InferRequest) -> SubmitsAlike | None:
+        """Whoever is to answer every request like this one; None where they must be chosen for, or refused, one by one."""
 
     def find(self, model: str, version: str) -> Sequence[VersionView]:
         """All known versions that match; empty strings match everything. Raises InvalidRequest on a version that is no number."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from headrace.errors import NotReady
-from headrace.lifecycle.view import Call, ModelsView, Submits
+from headrace.lifecycle.view import Call, ModelsView, Refused, Submits
 from headrace.requests import Caller, InferRequest, Reply
 from headrace.rpc.guard import as_known
 from headrace.telemetry.records import Metadata, RequestRecords
@@ -28,7 +28,9 @@ class InferenceService:
         """What transports are to make each `reply.caller` with, of the call's metadata and its peer; it costs too much to do it for
         nobody."""
         self._regions = regions
-        self._decode = RequestDecoder().decode
+        decoder = RequestDecoder()
+        self._decode = decoder.decode
+        self._sort = decoder.sort
 
     def submit(self, message: bytes, reply: Reply) -> InferRequest | None:
         """Take one ModelInfer message. Never waits and never raises; the reply is answered exactly once, now or later.
@@ -46,15 +48,50 @@ class InferenceService:
             self._refuse(request, reply, error, arrived)
         return request
 
-    def submit_all(self, calls: Iterable[tuple[bytes, Reply]]) -> None:
+    def submit_all(self, calls: Sequence[tuple[bytes, Reply]]) -> None:
         """As `submit` of each, for messages that came together: those for one model are queued before the first of them runs."""
+        if len(calls) == 1:
+            self.submit(*calls[0])
+            return
         arrived = time.monotonic()
+        alike, others = self._sort(calls)
         waiting: dict[Submits, list[Call]] = {}
-        decode, choose = self._decode, self._models.choose
-        for message, reply in calls:
-            request = None
+        for group in alike:
+            version = self._models.choose_for_all(group.first) if len(group.replies) > 1 and not group.first.uses_regions else None
+            if version is None:
+                self._choose(group.calls(), waiting, arrived)
+                continue
             try:
-                request = decode(message)
+                refused: Sequence[Refused] = version.submit_alike(group, arrived)
+            except Exception as error:
+                refused = [(request, reply, error) for request, reply in group.calls()]
+            for request, reply, reason in refused:
+                self._refuse_or_retry(request, reply, reason, arrived)
+        if others:
+            self._choose(self._decode_each(others, arrived), waiting, arrived)
+        for submits, together in waiting.items():
+            try:
+                refused = submits.submit_all(together, arrived)
+            except Exception as error:
+                refused = [(request, reply, error) for request, reply in together]
+            for request, reply, reason in refused:
+                self._refuse_or_retry(request, reply, reason, arrived)
+
+    def _decode_each(self, calls: Iterable[tuple[bytes, Reply]], arrived: float) -> Iterator[Call]:
+        for message, reply in calls:
+            try:
+                request = self._decode(message)
+            except Exception as error:
+                self._refuse(None, reply, error, arrived)
+                continue
+            yield request, reply
+
+    def _choose(self, calls: Iterable[Call], waiting: dict[Submits, list[Call]], arrived: float) -> None:
+        """Put each with the others that go where it goes."""
+        choose = self._models.choose
+        for call in calls:
+            request, reply = call
+            try:
                 if request.uses_regions:
                     place(request, self._regions)
                 submits = choose(request)
@@ -63,16 +100,9 @@ class InferenceService:
                 continue
             known = waiting.get(submits)
             if known is None:
-                waiting[submits] = [(request, reply)]
+                waiting[submits] = [call]
             else:
-                known.append((request, reply))
-        for submits, together in waiting.items():
-            try:
-                refused: Sequence[tuple[InferRequest, Reply, Exception]] = submits.submit_all(together, arrived)
-            except Exception as error:
-                refused = [(request, reply, error) for request, reply in together]
-            for request, reply, reason in refused:
-                self._refuse_or_retry(request, reply, reason, arrived)
+                known.append(call)
 
     def _refuse_or_retry(self, request: InferRequest, reply: Reply, error: Exception, arrived: float) -> None:
         try:

@@ -391,7 +391,10 @@ class ResponseEncoder:
         parts: list[Buffer] = [_encode_id(ticket.id) if ticket.id else b"", header.first]
         for prefix, content, destination in zip(header.prefixes, contents, destinations, strict=True):
             if destination is not None:
-                destination.view[: len(content)] = content
+                try:
+                    destination.write(content)
+                except BackendError as error:  # of this client's device memory, and no matter of its batch mates
+                    return error.with_traceback(None)
                 parts.append(_EMPTY_CONTENT)
             else:
                 parts += (prefix or tag_and_length(6, len(content)), content)

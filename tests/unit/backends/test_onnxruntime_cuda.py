@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
+from headrace.backends.onnxruntime_session import Provider
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
@@ -310,7 +312,7 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     for rows in (1, 2, 1):
         backend.execute({"x": np.ones((rows, 4), np.float32)}, None)
     for rows in range(3, 200):  # more shapes than bindings are kept for
-        for _ in range(2):
+        for _ in range(3):
             backend.launch({"x": np.ones((rows, 4), np.float32)}, None).release()
     assert [len(plans) for plans in backend._plans] == [KEPT_PLANS, KEPT_PLANS]
     ids = [
@@ -322,3 +324,38 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     assert sorted(ids) == ["1", "2", "3", "4"]
     assert backend._queued.get_run_config_entry("gpu_graph_id") == "-1"
     assert backend._queued.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+
+
+def test_a_provider_that_cannot_be_loaded_is_named_with_its_library() -> None:
+    """Of the runtime for GPUs, where that is installed and NVIDIA's libraries are not; where they are: the test in tests/gpu."""
+    import onnxruntime
+    from headrace.backends import onnxruntime_providers as providers
+
+    if providers.CUDA not in onnxruntime.get_available_providers() or not providers.gpu_unavailable():
+        pytest.skip("onnxruntime-gpu is not installed, or there is a GPU")
+    for name, library in ((providers.CUDA, "libcu"), (providers.TENSORRT, "lib(cu|nvinfer)")):
+        assert re.search(rf"{library}\w+\.so\.\d+: cannot open shared object file", providers.provider_failure(name))
+
+
+def test_the_runtimes_word_for_missing_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.backends import onnxruntime_providers as providers
+
+    monkeypatch.setattr(providers, "provider_failure", lambda name: "libnvinfer.so.10: cannot open shared object file")
+    wanted: list[Provider] = [(providers.TENSORRT, {}), (providers.CUDA, {})]
+    vague = LoadError("onnxruntime could not load 1/model.onnx: … Please install TensorRT libraries as mentioned …")
+    assert str(providers.explain(vague, wanted)) == (
+        "onnxruntime could not load its TensorrtExecutionProvider: libnvinfer.so.10: cannot open shared object file"
+    )
+    assert providers.explain(vague, wanted[1:]) is vague
+    other = LoadError("onnxruntime could not load 1/model.onnx: bad")
+    assert providers.explain(other, wanted) is other
+
+
+def test_a_session_that_went_on_without_the_gpu_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the runtime does when its provider's library cannot be loaded: it says nothing and computes on the CPU."""
+    from headrace.backends import onnxruntime_providers as providers
+
+    monkeypatch.setattr(providers, "provider_failure", lambda name: "libcublasLt.so.13: cannot open shared object file")
+    backend = on_cpu(onnx_models.identity(), tmp_path)
+    with pytest.raises(LoadError, match="could not load its CUDAExecutionProvider: libcublasLt.so.13: cannot open"):
+        providers.check_providers(backend._session, [(providers.CUDA, {})])

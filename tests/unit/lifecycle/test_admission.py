@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest
-from headrace.lifecycle.admission import make_ticket
-from headrace.requests import InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
+from headrace.lifecycle.admission import make_ticket, make_tickets
+from headrace.requests import Alike, InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import CollectingOutlet
 
@@ -38,6 +38,26 @@ def test_the_earliest_of_deadline_timeout_and_slo_counts_and_the_default_timeout
 ) -> None:
     ticket = admit({"timeout": timeout}, BatchingConfig(default_timeout=default, slo=slo), deadline)
     assert (ticket.expires, ticket.answer_by) == (expires, answer_by)
+
+
+@pytest.mark.parametrize("parameters", [{}, {"timeout": 1_000_000}, {"priority": 2}, {"priority": 1, "timeout": 400_000}])
+@pytest.mark.parametrize("batching", [BatchingConfig(), BatchingConfig(default_timeout=0.3, slo=0.5, priority_levels=3)])
+@pytest.mark.parametrize("version", ["", "7"])
+def test_of_requests_that_are_alike_each_gets_the_ticket_that_it_would_get_alone(
+    parameters: Parameters, batching: BatchingConfig, version: str
+) -> None:
+    replies = [Reply(CollectingOutlet(), deadline) for deadline in (None, 100.2, 100.45, 103.0)]
+    contents = [bytes([number] * 4) for number in range(4)]
+    alike = Alike(InferRequest("m", version, "", [InputTensor("x", "FP32", (1, 1), contents[0])], (), parameters), contents, replies)
+    together = make_tickets(SIGNATURE, batching, alike, 100.0)
+    alone = [make_ticket(SIGNATURE, batching, request, reply, 100.0) for request, reply in alike.calls()]
+    for one, other, content in zip(together, alone, contents, strict=True):
+        assert [getattr(one, name) for name in Ticket.__slots__ if name != "inputs"] == [
+            getattr(other, name) for name in Ticket.__slots__ if name != "inputs"
+        ]
+        (tensor,) = one.inputs
+        assert tensor is not None
+        assert (tensor.name, tensor.datatype, tensor.shape, tensor.data) == ("x", "FP32", (1, 1), content)
 
 
 def test_timeout_override_can_be_switched_off() -> None:

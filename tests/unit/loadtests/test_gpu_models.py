@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime
 import pytest
+
 from loadtests import gpu_onnxruntime
 from loadtests.gpu_models import make_cnn, make_transformer
 

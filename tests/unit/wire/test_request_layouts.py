@@ -3,6 +3,8 @@ import struct
 import numpy as np
 import pytest
 from headrace.errors import InvalidRequest
+from headrace.requests import Reply
+from headrace.testing import CollectingOutlet
 from headrace.wire.codec import SCAN_THRESHOLD, decode_request
 from headrace.wire.messages import ModelInferRequest
 from headrace.wire.request_layouts import RequestDecoder, learn_layout
@@ -129,3 +131,31 @@ def test_requests_of_one_layout_share_nothing_that_differs():
     requests = [decoder.decode(message([number], id=str(number % 10))) for number in range(40)]
     assert [request.id for request in requests] == [str(number % 10) for number in range(40)]
     assert len({id(request.inputs[0]) for request in requests}) == 40
+
+
+def test_what_is_sorted_is_what_would_be_decoded():
+    decoder = RequestDecoder()
+    kinds = [
+        lambda number: message([number]),
+        lambda number: message([number], model="n"),
+        lambda number: message([number, 2]),
+        lambda number: message([number], timeout=5),
+        lambda number: message([number], id="an id"),
+        lambda number: message([number] * SCAN_THRESHOLD),
+    ]
+    for kind in kinds[:1] + kinds[2:]:
+        for _ in range(RequestDecoder.LEARN_EVERY):
+            decoder.decode(kind(0))
+    calls = [(kinds[number % len(kinds)](number), Reply(CollectingOutlet())) for number in range(60)]
+    alike, others = decoder.sort(calls)
+    assert sorted(len(group.replies) for group in alike) == [10, 10, 10]
+    # Another model of the same length of name, an id, and a large one.
+    assert len(others) == 30
+    found = {id(reply): request for group in alike for request, reply in group.calls()}
+    found.update((id(reply), decoder.decode(given)) for given, reply in others)
+    for given, reply in calls:
+        request, expected = found[id(reply)], decode_request(given)
+        assert (request.model, request.id, request.parameters) == (expected.model, expected.id, expected.parameters)
+        assert [output.name for output in request.outputs] == [output.name for output in expected.outputs]
+        (tensor,), (right,) = request.inputs, expected.inputs
+        assert (tensor.name, tensor.shape, bytes(tensor.data)) == (right.name, right.shape, bytes(right.data))

@@ -1,11 +1,11 @@
-"""Inputs for the kernels' tests, on the CPU and on a GPU alike, and what their results are held against."""
+"""Inputs of the kernels, random and odd, and what their results are held against."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-from headrace_kernels.gather import cast, storage
+from headrace_kernels.gather import cast
 from headrace_kernels.normalize import Normalize
 from numpy.typing import NDArray
 
@@ -33,20 +33,6 @@ def same(result: Array, expected: Array, datatype: str) -> None:
     np.testing.assert_array_equal(*as_numbers)
 
 
-def poisoned(shape: tuple[int, ...] | int, dtype: Any, guard: int = 64) -> tuple[Array, Array]:
-    """(array, the bytes around and of it), all 0xA5; `guarded` says whether what is around still is."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    around = np.full(size + 2 * guard + 64, 0xA5, np.uint8)
-    start = guard + (-(around.ctypes.data + guard)) % 64
-    around = around[start - guard : start + size + guard]
-    return around[guard : guard + size].view(dtype).reshape(shape), around
-
-
-def guarded(around: Array, guard: int = 64) -> bool:
-    return bool((around[:guard] == 0xA5).all() and (around[-guard:] == 0xA5).all())
-
-
 def slab_of(generator: np.random.Generator, rows: list[Array], alignment: int) -> tuple[Array, list[int]]:
     """The rows at random places of one slab, (slab, offsets). Whatever lies between is noise."""
     offsets, end = [], 0
@@ -55,8 +41,7 @@ def slab_of(generator: np.random.Generator, rows: list[Array], alignment: int) -
         start += -start % alignment
         offsets.append(start)
         end = start + row.nbytes
-    slab, _ = poisoned(end + 1, np.uint8)
-    slab[:] = generator.integers(0, 256, end + 1, dtype=np.uint8)
+    slab = generator.integers(0, 256, end + 1, dtype=np.uint8)
     for row, offset in zip(rows, offsets, strict=True):
         slab[offset : offset + row.nbytes] = row.view(np.uint8).reshape(-1)
     return slab, offsets
@@ -93,4 +78,4 @@ def near(result: Array, expected: Array, datatype: str, tolerance: float) -> Non
     assert error.max(initial=-1.0) <= tolerance, f"off by {error.max()} beyond rounding, expected at most {tolerance}"
 
 
-__all__ = ["SPECIAL", "guarded", "near", "normalized", "numbers", "poisoned", "same", "slab_of", "storage", "triangle"]
+__all__ = ["near", "normalized", "numbers", "same", "slab_of"]

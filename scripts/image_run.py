@@ -1,0 +1,118 @@
+"""Runs an image's tree as `docker run --read-only --cap-drop ALL --network none --volume examples:/models:ro` would, and asks it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from scripts.dockerfiles import Dockerfile
+from scripts.image_chroot import mount_devices, unmount_below
+
+READY_WITHIN = 60.0
+STOPS_WITHIN = 40.0
+
+
+def run_image(file: Dockerfile, environment: Mapping[str, str], tree: Path, examples: Path, python: Path) -> dict[str, object]:
+    """What was seen. `python` has tritonclient, of examples/client.py. Raises SystemExit for the first thing that is not as it should be."""
+    container = Container(file, environment, tree, examples / "models")
+    try:
+        began = time.monotonic()
+        while (probe := container.probe()).returncode:
+            if container.process.poll() is not None or time.monotonic() - began > READY_WITHIN:
+                raise SystemExit(f"expected it to become healthy, got {probe.stderr.strip()!r}, server {container.process.poll()}")
+        ready = time.monotonic() - began
+        began = time.monotonic()
+        text = container.probe().stdout.strip()
+        took = time.monotonic() - began
+        if (by_grpc := container.run(["headrace", "health", "--grpc", "127.0.0.1:8001"])).returncode:
+            raise SystemExit(f"expected health over gRPC, got {by_grpc.stderr.strip()!r}")
+        if container.run(["headrace", "health", "--http", "127.0.0.1:9"]).returncode != 1:
+            raise SystemExit("expected exit code 1 of a health check that nobody answers")
+        client = subprocess.run([*container.enter("--net"), python, examples / "client.py"], capture_output=True, text=True, check=False)
+        print(*(f"  client: {line.strip()}" for line in client.stdout.splitlines()), sep="\n")
+        if client.returncode:
+            raise SystemExit(f"expected answers of the example models, got {client.stderr.strip()[-2000:]!r}")
+        if container.run(["python3", "-c", "open('/opt/headrace/x', 'w')"]).returncode == 0:
+            raise SystemExit("expected a root that cannot be written to")
+        status = Path(f"/proc/{container.pid}/status").read_text(encoding="utf-8")
+        facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+        began = time.monotonic()
+        code = container.stop()
+    finally:
+        container.kill()
+    if code:
+        raise SystemExit(f"expected exit code 0 after SIGTERM, got {code}")
+    seen: dict[str, object] = {
+        "ready_s": round(ready, 2), "probe": text, "probe_s": round(took, 2), "uid": facts["Uid"].split()[0],
+        "capabilities": facts["CapEff"], "resident_kB": facts["VmRSS"].split()[0], "stop_s": round(time.monotonic() - began, 2),
+    }  # fmt: skip
+    print(f"  ran: {json.dumps(seen)}", flush=True)
+    return seen
+
+
+class Container:
+    """One process tree in namespaces of its own. `pid` is the server's, which is 1 to itself."""
+
+    def __init__(self, file: Dockerfile, environment: Mapping[str, str], tree: Path, models: Path) -> None:
+        self._file = file
+        self._environment = environment
+        self._tree = tree
+        user = file.final.last("USER")
+        assert user is not None
+        self._uid, _, self._gid = user.text.partition(":")
+        mount_devices(tree)
+        subprocess.run(["mount", "--bind", "--read-only", models, tree / "models"], check=True)
+        script = f'ip link set lo up && mount -t proc proc "{tree}/proc" && mount -t sysfs -o ro sys "{tree}/sys" && exec "$@"'
+        namespaces = ["unshare", "--net", "--pid", "--ipc", "--fork", "--kill-child", "sh", "-c", script, "sh"]
+        self.process = subprocess.Popen([*namespaces, *self._as_user(self._command())])
+        self.pid = self._wait_for_child()
+
+    def _command(self) -> list[str]:
+        entry, arguments = self._file.final.last("ENTRYPOINT"), self._file.final.last("CMD")
+        assert entry is not None
+        assert arguments is not None
+        return [*(entry.exec_form or []), *(arguments.exec_form or [])]
+
+    def _as_user(self, command: Sequence[str]) -> list[str]:
+        drop = ["setpriv", f"--reuid={self._uid}", f"--regid={self._gid}", "--clear-groups", "--no-new-privs", "--bounding-set=-all"]
+        variables = [f"{name}={value}" for name, value in self._environment.items()]
+        return ["chroot", str(self._tree), *drop, "env", "-i", *variables, *command]
+
+    def _wait_for_child(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        while not (found := children.read_text(encoding="utf-8").split()):
+            if self.process.poll() is not None:
+                raise SystemExit(f"the server did not start: exit code {self.process.returncode}")
+            time.sleep(0.01)
+        return int(found[0])
+
+    def enter(self, *namespaces: str) -> list[str]:
+        return ["nsenter", "--target", str(self.pid), *namespaces]
+
+    def run(self, command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+        """As `docker exec` does."""
+        words = [*self.enter("--net", "--pid", "--ipc"), *self._as_user(command)]
+        return subprocess.run(words, capture_output=True, text=True, check=False)
+
+    def probe(self) -> subprocess.CompletedProcess[str]:
+        """The image's HEALTHCHECK."""
+        health = self._file.final.last("HEALTHCHECK")
+        assert health is not None
+        return self.run(json.loads(health.text.removeprefix("CMD ")))
+
+    def stop(self) -> int:
+        """The exit code after SIGTERM, as `docker stop` sends it."""
+        os.kill(self.pid, signal.SIGTERM)
+        return self.process.wait(STOPS_WITHIN)
+
+    def kill(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()  # its child goes with it (--kill-child)
+            self.process.wait()
+        for name in ("proc", "sys", "dev", "models"):
+            unmount_below(self._tree / name)

@@ -1,0 +1,45 @@
+"""A backend on devices that a test breaks, all of them in the host's memory: what a lost device does to the server, but not to a driver."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from headrace.backends.base import Array, DeviceSpace
+from headrace.errors import DeviceLost
+from headrace.testing import FakeBackend
+
+
+class DeviceBackend(FakeBackend):
+    """y = x on `names`; what runs on one of `broken` raises DeviceLost, as it would for every later call. `make_on` gives a class."""
+
+    names: ClassVar[tuple[str, ...]] = ("cuda:0", "cuda:1")
+    broken: ClassVar[set[str]]
+    lost_batches: ClassVar[list[int]]
+    """Rows of each batch that failed for it, without those of a warm-up."""
+
+    @classmethod
+    def make_on(cls, *names: str, **body: Any) -> type[DeviceBackend]:
+        return type("DeviceBackend", (cls,), {"live": [], "broken": set(), "lost_batches": [], "names": names, **body})
+
+    @classmethod
+    def devices(cls, device: str) -> Sequence[DeviceSpace]:
+        return [DeviceSpace(name, 1 << 30) for name in cls.names if device in ("auto", "cuda", name)]
+
+    @property
+    def device_memory(self) -> int:
+        return 1000 if self.device != "cpu" else 0
+
+    def load(self) -> None:
+        self._check()
+        super().load()
+
+    def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        if self.device in self.broken:
+            self.lost_batches.append(len(inputs["x"]))
+        self._check()
+        return super().execute(inputs, outputs)
+
+    def _check(self) -> None:
+        if self.device in self.broken:
+            raise DeviceLost(f"{self.device}: unspecified launch failure")
