@@ -1,17 +1,14 @@
-"""ONNX Runtime on a GPU: what of the bare runtime's rate the backend keeps, and what of it the server.
-
-    python -m loadtests.gpu_onnxruntime [--model NAME=FILE.onnx]... [--json FILE]
+"""ONNX Runtime on a GPU: what of the bare runtime's rate the backend keeps, and what of it the server. A section of gpu_report.
 
 For each model: a bare IOBinding loop that uploads, runs and downloads, at its best batch size; the backend with one lane and with two, with
-and without CUDA graphs; a server and as many client processes as there are cores to spare, with the device's busy fraction by NVML
-meanwhile; and the device's free memory over swaps. Rates are rows a second. None of this has run where the project is built.
+and without CUDA graphs; a server and client processes on the other half of the cores, with the device's busy fraction by NVML meanwhile;
+and the device's free memory over swaps. Rates are rows a second. GPU_REPORT_MODELS="magika=FILE.onnx,ocr_cls=FILE.onnx" has those measured
+beside the generated ones. None of this has run where the project is built.
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import multiprocessing
 import os
 import statistics
@@ -19,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +32,7 @@ from headrace.config import InstanceConfig
 from loadtests.calls import grpc_frame, infer_message
 from loadtests.encoded_calls import EncodedCall
 from loadtests.gpu_models import make_cnn, make_transformer
-from loadtests.models import add_models_argument, selected_models
+from loadtests.models import parse_models
 from loadtests.open_loop import run_closed_loop
 from loadtests.process import ServerProcess, free_port
 from loadtests.service_level import Status
@@ -49,51 +46,85 @@ FREE_DIMENSION = 64
 """Taken for a dimension other than the first that a model leaves open."""
 
 
+SERVED = 0.95
+"""Of the bare loop's rate: what is asked of a server."""
+KEPT = 16 << 20
+"""Bytes that swaps may leave behind on the device: a fraction of any model's."""
+
+
 class Report(Protocol):
-    """What is needed of whoever runs this: models by name, to be measured beside the generated ones."""
+    """What is needed of gpu_report's."""
 
     @property
-    def models(self) -> Mapping[str, Path]: ...
+    def device_id(self) -> int: ...
 
 
 def run(report: Report) -> dict[str, Any]:
-    """All of it, by model; or under `skipped` why not."""
     if reason := gpu_unavailable():
-        return {"skipped": reason}
+        return {"checks": [{"what": "ONNX Runtime has a GPU", "passed": None, "got": reason}]}
     load_libraries()
     with tempfile.TemporaryDirectory() as scratch:
-        generated = {"cnn": make_cnn(), "transformer": make_transformer()}
-        files = dict(report.models)
-        for name, model in generated.items():
+        files = given_models(os.environ.get("GPU_REPORT_MODELS", ""))
+        for name, make in (("cnn", make_cnn), ("transformer", make_transformer)):
             files[name] = Path(scratch, f"{name}.onnx")
-            onnx.save(model, files[name])
-        return {name: measure(name, path, Path(scratch)) for name, path in files.items()}
+            onnx.save(make(), files[name])
+        measured = [measure(name, path, Path(scratch), report.device_id) for name, path in files.items()]
+    return {
+        "checks": [check for each in measured for check in checks(each)],
+        "tables": [
+            {"title": "Bare runtime: rows/s by batch size", "rows": [{"model": each["model"], **each["bare"]} for each in measured]},
+            {
+                "title": "At the best batch size",
+                "rows": [{k: v for k, v in each.items() if k not in ("bare", "free")} for each in measured],
+            },
+        ],
+    }
 
 
-def measure(name: str, path: Path, scratch: Path) -> dict[str, Any]:
+def given_models(text: str) -> dict[str, Path]:
+    return {name: path for name, path in parse_models(text.split(",")).items() if path is not None} if text else {}
+
+
+def checks(measured: Mapping[str, Any]) -> list[dict[str, Any]]:
+    name, free = measured["model"], measured["free"]
+    # The first ones bring what the libraries take once.
+    lost = free[2] - free[-1]
+    return [
+        {"what": f"{name}: two lanes are faster than one", "passed": measured["overlap"] > 1, "got": round(measured["overlap"], 3)},
+        {
+            "what": f"{name}: server, at least {SERVED} of bare",
+            "passed": measured["of_bare"] >= SERVED,
+            "got": round(measured["of_bare"], 3),
+        },
+        {"what": f"{name}: bytes lost in {len(free)} swaps", "passed": lost < KEPT, "got": lost},
+    ]
+
+
+def measure(name: str, path: Path, scratch: Path, device_id: int) -> dict[str, Any]:
     place = scratch / f"only-{name}" / name / "1" / "model.onnx"
     place.parent.mkdir(parents=True)
     place.write_bytes(path.read_bytes())
-    bare = {rows: bare_rate(place, rows) for rows in SIZES}
+    bare = {rows: bare_rate(place, rows, device_id) for rows in SIZES}
     best = max(bare, key=lambda rows: bare[rows])
-    lanes = {count: backend_rate(place, best, count, {}) for count in (1, 2)}
+    one, two = (backend_rate(place, best, lanes, {}, device_id) for lanes in (1, 2))
     try:
-        graphs: float | str = backend_rate(place, best, 2, {"cuda_graph": "true"})
-    except Exception as error:  # of models that cannot have any
+        graphs: float | str = backend_rate(place, best, 2, {"cuda_graph": "true"}, device_id)
+    except Exception as error:  # of a model that cannot have any
         graphs = str(error)
-    served, busy = server_rate(name, scratch, best)
+    served, busy = server_rate(name, scratch, best, device_id)
     return {
+        "model": name,
         "bare": bare,
-        "best_rows": best,
-        "backend_one_lane": lanes[1],
-        "backend_two_lanes": lanes[2],
-        "overlap": lanes[2] / lanes[1],
-        "backend_to_bare": lanes[2] / bare[best],
-        "backend_with_graphs": graphs,
+        "rows": best,
+        "bare_rate": bare[best],
+        "one_lane": one,
+        "two_lanes": two,
+        "overlap": two / one,
+        "two_lanes_graphs": graphs,
         "server": served,
-        "server_to_bare": served / bare[best],
+        "of_bare": served / bare[best],
         "device_busy": busy,
-        "free_bytes_by_swap": free_after_swaps(place, best),
+        "free": free_after_swaps(place, best, device_id),
     }
 
 
@@ -107,20 +138,20 @@ def sample(path: Path, rows: int) -> dict[str, Array]:
     return arrays
 
 
-def bare_rate(path: Path, rows: int) -> float:
+def bare_rate(path: Path, rows: int, device_id: int) -> float:
     """The runtime alone, as its documentation has it: inputs updated in place on the device, outputs fetched when they are done."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    provider = ("CUDAExecutionProvider", {"cudnn_conv_algo_search": "HEURISTIC"})
+    provider = ("CUDAExecutionProvider", {"device_id": str(device_id), "cudnn_conv_algo_search": "HEURISTIC"})
     session = onnxruntime.InferenceSession(str(path), options, providers=[provider], enable_fallback=0)
     binding, arrays = session.io_binding(), sample(path, rows)
-    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", 0) for name, array in arrays.items()}
+    values = {name: onnxruntime.OrtValue.ortvalue_from_numpy(array, "cuda", device_id) for name, array in arrays.items()}
     for name, value in values.items():
         binding.bind_ortvalue_input(name, value)
     for output in session.get_outputs():
-        binding.bind_output(output.name, "cuda", 0)
+        binding.bind_output(output.name, "cuda", device_id)
 
     def once() -> None:
         for name, value in values.items():
@@ -137,18 +168,18 @@ def bare_rate(path: Path, rows: int) -> float:
     return done / took
 
 
-def load(path: Path, lanes: int, options: Mapping[str, str]) -> OnnxRuntimeCudaBackend:
+def load(path: Path, lanes: int, options: Mapping[str, str], device_id: int) -> OnnxRuntimeCudaBackend:
     kind = type("Backend", (OnnxRuntimeCudaBackend,), {"lanes": lanes})
-    backend: OnnxRuntimeCudaBackend = kind(path, InstanceConfig(device="cuda:0", options=options))
+    backend: OnnxRuntimeCudaBackend = kind(path, InstanceConfig(device=f"cuda:{device_id}", options=options))
     backend.load()
     return backend
 
 
-def backend_rate(path: Path, rows: int, lanes: int, options: Mapping[str, str]) -> float:
+def backend_rate(path: Path, rows: int, lanes: int, options: Mapping[str, str], device_id: int) -> float:
     """Batches gathered into what `stage` gives, as the server's worker does, as many under way as there are lanes."""
     arrays = sample(path, rows)
     shapes = {name: array.shape for name, array in arrays.items()}
-    backend = load(path, lanes, options)
+    backend = load(path, lanes, options, device_id)
     try:
         for _ in range(3):
             backend.execute(arrays, None)
@@ -177,15 +208,15 @@ def _finish(pending: Pending) -> int:
     return 1
 
 
-def free_after_swaps(path: Path, rows: int) -> list[int]:
+def free_after_swaps(path: Path, rows: int, device_id: int) -> list[int]:
     """The device's free bytes after each load, run and close."""
     free, arrays = [], sample(path, rows)
     for _ in range(SWAPS):
-        backend = load(path, 2, {})
+        backend = load(path, 2, {}, device_id)
         for _ in range(3):
             backend.execute(arrays, None)
         backend.close()
-        gpu = Gpu(0)
+        gpu = Gpu(device_id)
         gpu.make_current()
         free.append(gpu.memory().free)
     return free
@@ -194,11 +225,11 @@ def free_after_swaps(path: Path, rows: int) -> list[int]:
 # -- the server --------------------------------------------------------------------------------------------------------
 
 
-def server_rate(name: str, scratch: Path, rows: int) -> tuple[float, float]:
+def server_rate(name: str, scratch: Path, rows: int, device_id: int) -> tuple[float, float]:
     """(rows/s, the device's busy fraction) of a server under closed load of single rows from processes of their own."""
     repository = scratch / f"only-{name}"
     folder = repository / name
-    (folder / "model.toml").write_text(f'max_batch_size = {rows}\n[instances]\ndevice = "cuda:0"\n')
+    (folder / "model.toml").write_text(f'max_batch_size = {rows}\n[instances]\ndevice = "cuda:{device_id}"\n')
     cores = sorted(os.sched_getaffinity(0))
     mine, clients = cores[: max(len(cores) // 2, 1)], cores[len(cores) // 2 :] or cores
     address = f"127.0.0.1:{free_port()}"
@@ -206,11 +237,11 @@ def server_rate(name: str, scratch: Path, rows: int) -> tuple[float, float]:
     message = grpc_frame(infer_message(name, sample(folder / "1" / "model.onnx", 1)))
     with ServerProcess(command, address=address, cores=mine, log=scratch / f"{name}.log") as server:
         server.wait_ready([name], timeout=300.0)
-        concurrency = max(2 * rows // len(clients), 2)
+        concurrency = max(4 * rows // len(clients), 2)
         context = multiprocessing.get_context("spawn")
         with context.Pool(len(clients)) as pool:
             pool.starmap(_load, [(address, message, concurrency, 1.0)] * len(clients))
-            with busy_fraction() as busy:
+            with busy_fraction(device_id) as busy:
                 answered = pool.starmap(_load, [(address, message, concurrency, SERVED_SECONDS)] * len(clients))
     return sum(answered) / SERVED_SECONDS, busy[0] if busy else float("nan")
 
@@ -223,14 +254,14 @@ def _load(address: str, message: bytes, concurrency: int, seconds: float) -> int
 
 
 @contextmanager
-def busy_fraction(every: float = 0.1) -> Iterator[list[float]]:
-    """Filled at the end with the mean of NVML's utilization of device 0; left empty where there is no NVML."""
+def busy_fraction(device_id: int, every: float = 0.1) -> Iterator[list[float]]:
+    """Filled at the end with the mean of NVML's utilization of the device; left empty where there is no NVML."""
     mean: list[float] = []
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(device_id)
     except Exception:  # not installed, or its own errors
         yield mean
         return
@@ -249,28 +280,3 @@ def busy_fraction(every: float = 0.1) -> Iterator[list[float]]:
         stop.set()
         thread.join()
         mean.extend([statistics.fmean(samples)] if samples else [])
-
-
-class _Given:
-    def __init__(self, models: Mapping[str, Path]) -> None:
-        self.models = models
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="loadtests.gpu_onnxruntime", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_models_argument(parser)
-    parser.add_argument("--json", type=Path)
-    options = parser.parse_args(arguments)
-    given = {name: path for name, path in selected_models(parser, options).items() if path is not None} if options.model else {}
-    result = run(_Given(given))
-    text = json.dumps(result, indent=2)
-    print(text)
-    if options.json:
-        options.json.write_text(text)
-    return 1 if "skipped" in result else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from headrace.backends.base import Array
+from headrace.backends.base import Array, DeviceSpace
 from headrace.backends.cuda import DeviceMemory, Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
 from headrace.config import InstanceConfig
+from headrace_kernels.launches import Launch
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 
@@ -118,6 +119,10 @@ class HostBackend(OnnxRuntimeCudaBackend):
         super().__init__(path, instance)
         self.host = HostGpu()
 
+    @classmethod
+    def devices(cls, device: str) -> list[DeviceSpace]:
+        return []
+
     def _open_device(self) -> Gpu:
         return self.host
 
@@ -130,6 +135,12 @@ class HostBackend(OnnxRuntimeCudaBackend):
 
 class NumpyKernels:
     """The launchers of headrace_kernels.device.Kernels that a backend uses, by their definitions, at once."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def load(self, planned: tuple[Launch, ...]) -> None:
+        self.loaded += [launch.kernel for launch in planned]
 
     def normalize(
         self, stream: object, *, images: int, into: int, rows: int, height: int, width: int, channels: int, normalize: Normalize

@@ -186,10 +186,13 @@ class Lane:
         """Changes when any address in the lane does."""
         return self.inputs.generation + self.outputs.generation + self.scratch.generation
 
-    def upload(self, size: int) -> None:
-        """Queue the copy of the input slab's first bytes, and have what is computed from now on wait for it."""
+    def upload(self, size: int, copies: Sequence[tuple[int, int, int]] = ()) -> None:
+        """Queue the copy of the input slab's first bytes, then `copies` within the device, each (target, source, size), and have what is
+        computed from now on wait for all of it."""
         streams = self.streams
         self.inputs.upload(size, streams.upload)
+        for target, source, length in copies:
+            self.gpu.copy(target, source, length, streams.upload)
         streams.upload.record(self.uploaded)
         streams.compute.wait(self.uploaded)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from headrace_kernels import launches
+from headrace_kernels.launches import Launch
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 
+from headrace.backends.base import ArtifactSignature
 from headrace.backends.processing import Processing, classes_of
 from headrace.errors import BackendError, LoadError
 from headrace.signature import DataType, TensorSpec
@@ -27,6 +31,13 @@ _INT32 = np.dtype(np.int32)
 _SCORES = {DataType.FP32: "float32", DataType.FP16: "float16", DataType.BF16: "bfloat16"}
 
 
+def can_run(processing: Processing, artifact: ArtifactSignature) -> bool:
+    """Whether there are kernels for it, and the model's tensors are on the device."""
+    if any(spec.optional or not spec.datatype.itemsize for spec in (*artifact.inputs, *artifact.outputs)):
+        return False
+    return all(spec.datatype in _SCORES for spec in artifact.outputs if spec.name in processing.outputs)
+
+
 class DeviceProcessing:
     """The kernels around one loaded model. Used from the thread that launches its batches, whose device is current."""
 
@@ -39,6 +50,53 @@ class DeviceProcessing:
 
     def __repr__(self) -> str:
         return f"DeviceProcessing(inputs={[*self._inputs]}, outputs={[*self._outputs]})"
+
+    def load(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+        """Have the kernels ready that the artifact's tensors need, so that what is missing is known before it is live and no request waits
+        for a compiler. Raises LoadError."""
+        if self._kernels is None:
+            return
+        from headrace_kernels.errors import KernelsUnavailable
+
+        try:
+            for launch in self._foreseen(inputs, outputs):
+                self._kernels.load((launch,))
+        except (KernelsUnavailable, ValueError) as error:  # the latter of sizes that no kernel takes
+            reason = str(error)
+        else:
+            return
+        raise LoadError(f"[preprocess] and [postprocess] on a GPU: {reason}")
+
+    def _foreseen(self, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> Iterator[Launch]:
+        """One of each kind: which kernel it is depends on channels, classes and whether there is a resize, not on rows."""
+        for spec in inputs:
+            if spec.name in self._inputs and len(spec.shape) == 4:
+                step = self._inputs[spec.name]
+                channels = spec.shape[1 if step.layout == "NCHW" else 3]
+                for side in (16, 17):
+                    resized = dataclasses.replace(step, size=step.size and (16, 16))
+                    if channels > 0:
+                        yield from launches.normalize(
+                            images=0, into=0, rows=1, height=side, width=side, channels=channels, normalize=resized
+                        )
+        for spec in outputs:
+            step_after = self._outputs.get(spec.name)
+            known = spec.shape[-1] if spec.shape else 1
+            for classes in (known,) if known > 0 else (launches.WARP_CLASSES, launches.WARP_CLASSES + 1):
+                datatype = self._scores.get(spec.name, "")
+                if isinstance(step_after, TopK):
+                    yield from launches.topk(
+                        scores=0,
+                        values=0,
+                        indices=0,
+                        rows=1,
+                        classes=classes,
+                        k=step_after.k,
+                        softmax=step_after.softmax,
+                        datatype=datatype,
+                    )
+                elif isinstance(step_after, Softmax):
+                    yield from launches.softmax(scores=0, into=0, rows=1, classes=classes, datatype=datatype)
 
     def is_input(self, name: str) -> bool:
         return name in self._inputs
@@ -133,4 +191,4 @@ def load_kernels(processing: Processing, ordinal: int) -> Kernels | None:
     raise LoadError(f"[preprocess] and [postprocess] on cuda:{ordinal}: {reason}")
 
 
-__all__ = ["DeviceProcessing", "Tensor", "load_kernels"]
+__all__ = ["DeviceProcessing", "Tensor", "can_run", "load_kernels"]

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headrace.backends.base import Array, ArtifactSignature, Pending, PipelinedBackend
+from headrace.backends.base import Array, ArtifactSignature, DeviceArray, Expected, Pending, PipelinedBackend
 from headrace.backends.cuda import Gpu, device_error, device_ordinal, is_device_lost, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place, lay_out
-from headrace.backends.cuda_processing import DeviceProcessing, Tensor, load_kernels
+from headrace.backends.cuda_processing import DeviceProcessing, Tensor, can_run, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_options import NO_CPU_FALLBACK, make_run_options, session_options
 from headrace.backends.onnxruntime_providers import check_providers, explain, gpu_unavailable, load_libraries, make_providers
@@ -78,6 +78,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         super().__init__(path, instance)
         self._gpu: Gpu | None = None
         self._lanes: Lanes | None = None
+        self._expected: Expected | None = None
         self._processing = Processing()
         self._kernels: DeviceProcessing | None = None
         self._inputs: dict[str, TensorSpec] = {}
@@ -86,6 +87,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         self._on_host: frozenset[str] = frozenset()
         self._is_plain = False
         self._has_graphs = instance.options.get("cuda_graph") == "true"
+        self._lent: dict[str, DeviceArray] = {}
         self._free_before = 0
         self._device_memory = 0
         self._forget_shapes()
@@ -101,6 +103,10 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     # -- load and close ------------------------------------------------------------------------------------------------
 
     @property
+    def accepts_device_inputs(self) -> bool:  # type: ignore[override]  # of an instance: what it takes is known once it is loaded
+        return not self._is_plain
+
+    @property
     def device(self) -> str:
         return f"cuda:{device_ordinal(self.instance.device)}"
 
@@ -109,7 +115,12 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         """Bytes of the device that loading and warming up took, of whichever instance did so at that time."""
         return self._device_memory
 
+    def expect(self, expected: Expected) -> None:
+        self._expected = expected
+
     def adopt(self, processing: Processing) -> bool:
+        if self._expected is not None and not can_run(processing, self._expected.artifact):
+            return False
         self._processing = processing
         return True
 
@@ -139,6 +150,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         signature = self._open_on_gpu(options, providers)
         self._describe(signature)
         self._kernels = DeviceProcessing(self._processing, load_kernels(self._processing, gpu.ordinal), signature.outputs)
+        self._kernels.load(signature.inputs, signature.outputs)
         self._plans = [OrderedDict() for _ in lanes.all]
         # Without an id, the runtime would capture each run, under one id for all shapes.
         self._queued = make_run_options({**ASYNCHRONOUS, **({GRAPH_ID: NO_GRAPH} if self._has_graphs else {})})
@@ -230,7 +242,7 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
         """Nothing but the warm-up comes here: shapes that it runs get graphs, in each lane."""
         names = self._visible if outputs is None else list(outputs)
-        if self._is_plain or (key := self._key(inputs, names)) in self._learnt:
+        if self._is_plain or self._lent or (key := self._key(_shapes(inputs), names)) in self._learnt:
             return PipelinedBackend.execute(self, inputs, names)
         results = PipelinedBackend.execute(self, inputs, names)
         if self._has_graphs and len(self._graphs) < MAX_GRAPHS:
@@ -239,6 +251,9 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
             results = PipelinedBackend.execute(self, inputs, names)
         self._measure()
         return results
+
+    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
+        self._lent = dict(inputs)
 
     def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
         names = self._visible if outputs is None else list(outputs)
@@ -263,14 +278,12 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         raise DeviceLost(text) if is_device_lost(text) else BackendError(text)
 
     def _launch(self, lanes: Lanes, lane: Lane, inputs: Mapping[str, Array], names: list[str]) -> Pending:
-        layout = self._lay_out_inputs({name: array.shape for name, array in inputs.items()})
+        lent, self._lent = self._lent, {}
+        shapes = {**_shapes(inputs), **_shapes(lent)}
+        layout = self._lay_out_inputs(shapes)
         lane.inputs.reserve(max(layout.size, 1))
-        for name, place in layout.places.items():
-            target, given = lane.inputs.array(place), inputs[name]
-            if given is not target and given.ctypes.data != target.ctypes.data:
-                target[...] = given
-        lane.upload(layout.size)
-        key = self._key(inputs, names)
+        self._fill(lane, layout, inputs, lent)
+        key = self._key(shapes, names)
         if not self._is_dynamic and key in self._learnt:
             try:
                 visible = self._run_bound(lane, layout, key)
@@ -280,14 +293,30 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
                 self._is_dynamic = True
             else:
                 lane.download(visible.size)
-                return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names])
+                return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names], lent)
         if self._is_dynamic and self._has_graphs:
             raise BackendError(
                 "onnxruntime option 'cuda_graph': the model's output shapes depend on its values; leave it out for this model"
             )
         visible, held = self._run_by_name(lane, layout, key)
         lane.download(0)
-        return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names], held)
+        return Completion("onnxruntime", lanes, lane, [lane.outputs.array(visible.places[name]) for name in names], (held, lent))
+
+    def _fill(self, lane: Lane, layout: Layout, inputs: Mapping[str, Array], lent: Mapping[str, DeviceArray]) -> None:
+        """Put the inputs where the layout has them, on the device: what is lent is copied too, so that bindings and graphs hold."""
+        copies, end = [], 0
+        for name, place in layout.places.items():
+            if name in lent:
+                copies.append((lane.inputs.address(place), lent[name].pointer, place.size))
+                continue
+            end = place.offset + place.size
+            target, given = lane.inputs.array(place), inputs[name]
+            if given is not target and given.ctypes.data != target.ctypes.data:
+                target[...] = given
+        lane.upload(end, copies)
+        for name in self._on_host.intersection(lent):
+            lane.inputs.download_from(lent[name].pointer, layout.places[name], lane.streams.upload)
+            lane.streams.upload.sync()
 
     # -- runs ----------------------------------------------------------------------------------------------------------
 
@@ -411,14 +440,18 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         assert self._kernels is not None
         return self._kernels.visible(name, (shape, self._outputs[name].datatype.dtype))
 
-    def _key(self, inputs: Mapping[str, Array], names: Sequence[str]) -> Key:
+    def _key(self, shapes: Mapping[str, tuple[int, ...]], names: Sequence[str]) -> Key:
         assert self._kernels is not None
-        return tuple((name, inputs[name].shape) for name in self._inputs if name in inputs), tuple(self._kernels.needed(names))
+        return tuple((name, shapes[name]) for name in self._inputs if name in shapes), tuple(self._kernels.needed(names))
 
     def _learn(self, key: Key, shapes: dict[str, tuple[int, ...]]) -> None:
         self._learnt[key] = shapes
         while len(self._learnt) > KEPT_SHAPES:
             self._learnt.popitem(last=False)
+
+
+def _shapes(tensors: Mapping[str, Array] | Mapping[str, DeviceArray]) -> dict[str, tuple[int, ...]]:
+    return {name: tensor.shape for name, tensor in tensors.items()}
 
 
 def _after(output: str) -> str:

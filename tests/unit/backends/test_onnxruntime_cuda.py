@@ -13,13 +13,15 @@ import onnx_models
 import pytest
 from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
+from headrace.backends.base import DeviceArray, Expected
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
-from headrace.signature import DataType
+from headrace.signature import DataType, Signature
+from headrace_kernels.errors import KernelsUnavailable
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 from onnx import ModelProto
@@ -133,6 +135,32 @@ def test_what_is_staged_is_not_copied_again(tmp_path: Path) -> None:
     assert backend.host.copied[0] == 256 + 24, "one upload of both, the second aligned"
 
 
+def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -> None:
+    backend = load(onnx_models.two_inputs_two_outputs(), tmp_path)
+    theirs = np.full((2, 3), 9, np.float32)
+    lent = DeviceArray("cuda:0", theirs.ctypes.data, (2, 3), theirs.dtype, theirs)
+    owner = weakref.ref(theirs)
+    assert backend.accepts_device_inputs
+    for number in range(3):
+        staged = backend.stage({"a": (2, 3)})
+        staged["a"][...] = number
+        backend.lend({"b": lent})
+        pending = backend.launch(staged, None)
+        total, product = pending.wait()
+        assert (total == number + 9).all()
+        assert (product == number * 9).all()
+        pending.release()
+    backend.lend({"a": lent, "b": lent})
+    pending = backend.launch({}, ["product"])
+    del theirs, lent
+    assert owner() is not None, "the batch is not released yet"
+    assert (pending.wait()[0] == 81).all()
+    pending.release()
+    assert owner() is None
+    with pytest.raises(BackendError, match="onnxruntime: "):
+        backend.launch({"a": np.ones((2, 3), np.float32)}, None)
+
+
 def test_a_larger_batch_moves_the_buffers_and_is_right(tmp_path: Path) -> None:
     backend = load(onnx_models.identity(), tmp_path)
     for rows in (1, 1, 9000, 9000, 9000, 1, 1):
@@ -213,6 +241,38 @@ def test_adopted_steps_run_on_the_device_with_their_definitions_results(tmp_path
         for result, expected in zip(results, (values, classes, Softmax()(flat)), strict=True):
             np.testing.assert_array_equal(result, expected)
         np.testing.assert_array_equal(backend.execute({"x": images}, ["scores_classes"])[0], classes)
+
+
+def test_kernels_are_there_before_the_first_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = NumpyKernels()
+    monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: kernels)
+    model = onnx_models.parse(
+        "g (float16[N,H,W,3] x) => (float16[N,C] scores, float16[N,2000] odds) { scores = Flatten(x) odds = Flatten(x) }"
+    )
+    steps = Processing({"x": Normalize(size=(4, 4), layout="NHWC", datatype="float16")}, {"scores": TopK(2), "odds": Softmax()})
+    load(model, tmp_path, processing=steps)
+    assert kernels.loaded == [
+        "normalize_nhwc_float16_3", "resize_nhwc_float16_3", "topk_warp_float16", "topk_block_float16", "softmax_block_float16",
+    ]  # fmt: skip
+
+
+def test_kernels_that_cannot_be_had_are_a_load_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: NumpyKernels, planned: object) -> None:
+        raise KernelsUnavailable("NVRTC cannot compile topk.cu for sm_90: libnvrtc.so.13 was not found")
+
+    monkeypatch.setattr(NumpyKernels, "load", refuse)
+    monkeypatch.setattr(onnxruntime_cuda, "load_kernels", lambda processing, ordinal: NumpyKernels())
+    with pytest.raises(LoadError, match=r"\[postprocess\] on a GPU: NVRTC cannot compile topk.cu for sm_90: libnvrtc.so.13 was not found"):
+        load(onnx_models.identity(), tmp_path, processing=Processing({}, {"y": TopK(1)}))
+
+
+def test_what_no_kernel_takes_is_left_to_numpy(tmp_path: Path) -> None:
+    for datatype, is_adopted in (("FP32", True), ("BF16", True), ("FP64", False), ("BYTES", False)):
+        path = onnx_models.save(onnx_models.identity(datatype), tmp_path / datatype)
+        backend = HostBackend(path, ON_GPU)
+        artifact = HostBackend.inspect(path)
+        backend.expect(Expected(artifact, Signature("m", artifact.inputs, artifact.outputs, 0)))
+        assert backend.adopt(Processing({}, {"y": TopK(1)})) is is_adopted
 
 
 def test_scores_that_no_kernel_takes_are_a_load_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -357,5 +417,5 @@ def test_a_session_that_went_on_without_the_gpu_is_refused(tmp_path: Path, monke
 
     monkeypatch.setattr(providers, "provider_failure", lambda name: "libcublasLt.so.13: cannot open shared object file")
     backend = on_cpu(onnx_models.identity(), tmp_path)
-    with pytest.raises(LoadError, match="could not load its CUDAExecutionProvider: libcublasLt.so.13: cannot open"):
+    with pytest.raises(LoadError, match=r"could not load its CUDAExecutionProvider: libcublasLt\.so\.13: cannot open"):
         providers.check_providers(backend._session, [(providers.CUDA, {})])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import onnxruntime
 import pytest
@@ -29,4 +31,18 @@ def test_generated_models_run_and_stay_finite(model, given, wanted):
 
 def test_without_a_gpu_the_report_says_why(monkeypatch):
     monkeypatch.setattr(gpu_onnxruntime, "gpu_unavailable", lambda: "the NVIDIA driver is not there (libcuda.so.1)")
-    assert gpu_onnxruntime.run(gpu_onnxruntime._Given({})) == {"skipped": "the NVIDIA driver is not there (libcuda.so.1)"}
+    (check,) = gpu_onnxruntime.run(SimpleNamespace(device_id=0))["checks"]
+    assert (check["passed"], check["got"]) == (None, "the NVIDIA driver is not there (libcuda.so.1)")
+
+
+def test_what_is_asked_of_a_server_and_of_swaps():
+    measured = {"model": "cnn", "overlap": 1.2, "of_bare": 0.9, "free": [1 << 30, 1 << 30, 1 << 30, (1 << 30) - (20 << 20)]}
+    assert [check["passed"] for check in gpu_onnxruntime.checks(measured)] == [True, False, False]
+
+
+def test_models_are_named_in_one_variable(tmp_path):
+    assert gpu_onnxruntime.given_models("") == {}
+    files = {name: tmp_path / f"{name}.onnx" for name in ("magika", "ocr_cls")}
+    for file in files.values():
+        file.touch()
+    assert gpu_onnxruntime.given_models(",".join(f"{name}={file}" for name, file in files.items())) == files
