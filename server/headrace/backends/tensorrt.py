@@ -159,12 +159,13 @@ class TensorRtBackend(PipelinedBackend):
         raise failure
 
     def _load_engine(self, library: Library, gpu: Gpu, options: Options) -> Engine:
+        is_signed = self._expected is not None and self._expected.is_signed
+        self.check_trusted(self.path, self.instance, is_signed=is_signed)
         expected = self._expected or _expect_nothing(self.inspect(self.path))
         if is_onnx(self.path):
             self._plans = ModelPlans(self.path, library, gpu, options, self._cancelled)
             engine = self._plans.load(_inputs_of(expected, self._processing), expected.signature.max_batch_size, expected.allowed)
         else:
-            self.check_trusted(self.path, self.instance, is_signed=expected.is_signed)
             with read_plan(self.path) as plan:
                 engine = Engine(library, plan, self._place, allow_host_code=True)
         _check_same(self._place, expected.artifact, engine.signature)

@@ -35,6 +35,8 @@ log = get_logger(__name__)
 
 _MAGIC = b"HRPLAN01"
 _TAIL = 8 + len(_MAGIC)
+_RECIPE = 1
+"""Counts changes of tensorrt_builder.py after which it makes other engines of the same key."""
 _LARGEST_DESCRIPTION = 1 << 20
 _CHUNK = 4 << 20
 _LOCK_INTERVAL = 0.25
@@ -67,7 +69,7 @@ class PlanKey:
     def describe(self) -> dict[str, Any]:
         """The same as plain values, equal where the keys are."""
         described: dict[str, Any] = json.loads(json.dumps(asdict(self), sort_keys=True))
-        return described
+        return {**described, "recipe": _RECIPE}
 
     @property
     def digest(self) -> str:

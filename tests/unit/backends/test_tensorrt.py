@@ -11,14 +11,21 @@ import numpy as np
 import onnx
 import onnx_models
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from fake_tensorrt import WIDTH, FakeGraph, FakeGraphBuilder, FakeTensorRt, QueuedKernels, StreamGpu, plan_of
 from headrace.backends import cuda_processing, tensorrt, tensorrt_engine, tensorrt_plans
 from headrace.backends.base import ArtifactSignature, Expected
 from headrace.backends.processing import Processing
 from headrace.backends.tensorrt import TensorRtBackend
-from headrace.config import InstanceConfig
+from headrace.config import InstanceConfig, SourceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
+from headrace.lifecycle.inspection import inspect
+from headrace.model_files import load_model_config
 from headrace.signature import DataType, Signature, TensorSpec
+from headrace.sources.base import Fetched
+from headrace.sources.directory_destination import DirectoryDestination
+from headrace.sources.publish import Order, publish
 from headrace_kernels.topk import TopK
 from structlog.testing import CapturingLogger
 
@@ -113,6 +120,36 @@ def test_load_asks_for_trust_by_itself(machine: Machine) -> None:
     backend.expect(expected(is_signed=True))
     check(loaded(backend), 1)
     assert machine.tensorrt.allowed_host_code == [True]
+
+
+def test_load_that_was_told_nothing_opens_no_plan(machine: Machine) -> None:
+    with pytest.raises(LoadError, match="nobody has vouched"):
+        TensorRtBackend(machine.plan().path, InstanceConfig()).load()
+    assert not machine.tensorrt.engines
+
+
+def test_plan_of_a_signed_version_is_taken_and_of_an_unsigned_one_not(machine: Machine) -> None:
+    """From `headrace publish` to what the server finds."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    directory, private = machine.directory / "models" / "m", machine.directory / "key.pem"
+    directory.mkdir(parents=True)
+    private.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()))
+    (directory / "key.pub").write_bytes(key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo))
+    toml = 'backend = "tensorrt"\nmax_batch_size = 32\nsignature_policy = "warn"\nsignature_key = "key.pub"\n'
+    (directory / "model.toml").write_text(toml)
+    destination = DirectoryDestination(str(directory.parent), SourceConfig())
+    plan = machine.plan().path
+    with pytest.raises(LoadError, match=r"was not published: .*nobody has vouched"):
+        publish(Order(plan, "m"), destination, {"tensorrt": TensorRtBackend})
+    published = Path(publish(Order(plan, "m", signing_key=private), destination, {"tensorrt": TensorRtBackend}).location)
+    config = load_model_config(directory, "m")
+    fetched = Fetched(directory, published)
+    inspection = inspect(config, fetched, {"tensorrt": TensorRtBackend})
+    assert inspection.is_signed
+    assert inspection.effective.artifact.inputs == ARTIFACT.inputs
+    (published / "manifest.json.sig").unlink()
+    with pytest.raises(LoadError, match="nobody has vouched"):
+        inspect(config, fetched, {"tensorrt": TensorRtBackend})
 
 
 def test_onnx_needs_no_trust_and_its_engine_brings_no_code(machine: Machine) -> None:

@@ -12,12 +12,15 @@ import inspect
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 from headrace.backends import tensorrt_api
-from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, find_library
+from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, Library, find_library
+from headrace.backends.tensorrt_builder import _monitor_class
+from headrace.backends.tensorrt_engine import _allocator_class
 from headrace.errors import LoadError
 
 
@@ -126,33 +129,49 @@ def test_bases_can_be_derived_from_and_called_as_expected(module: str) -> None:
             assert takes(getattr(found, name), name, list(parameters)), name
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_our_own_classes_can_be_made_of_its_bases(module: str) -> None:
+    library = Library(installed(module))
+    allocator = _allocator_class(library)(64)
+    allocator.address = 4096
+    assert [allocator.reallocate_output_async("y", 0, size, 256, 1) for size in (64, 65)] == [4096, 0]
+    allocator.notify_shape("y", installed(module).Dims((2, 3)))
+    assert allocator.shape == (2, 3)
+    reports: list[dict[str, Any]] = []
+    monitor = _monitor_class(library, reports.append)()
+    monitor.phase_start("a", "", 3)
+    assert monitor.step_complete("a", 0)
+    assert reports[0] == {"phase": "a", "step": 0, "steps": 3}
+    library.logger.log(library.logger.ERROR, "what\nwas wrong")
+    assert library.take_errors() == "what was wrong"
+    assert not library.take_errors()
+
+
 WITHOUT_A_DEVICE = """
-from headrace.backends.tensorrt_api import find_library
+import sys
+from headrace.backends.tensorrt_api import _open
 from headrace.errors import LoadError
 try:
-    find_library().make("Runtime")
+    _open(sys.argv[1]).make("Runtime")
 except LoadError as error:
     print(error)
 """
 
 
-def test_runtime_without_a_device_is_a_load_error_and_not_the_end_of_the_process() -> None:
+@pytest.mark.parametrize("module", MODULES)
+def test_runtime_without_a_device_is_a_load_error_and_not_the_end_of_the_process(module: str) -> None:
     """In a process of its own: what TensorRT makes instead of raising ends the process once it is touched, or freed at its end."""
-    try:
-        find_library()
-    except LoadError as error:
-        pytest.skip(str(error))
+    installed(module)
     if has_device():
         pytest.skip("there is a device")
-    ended = subprocess.run([sys.executable, "-c", WITHOUT_A_DEVICE], capture_output=True, text=True, timeout=120, check=False)
+    ended = subprocess.run([sys.executable, "-c", WITHOUT_A_DEVICE, module], capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 0, ended.stderr
+    assert f"{module} " in ended.stdout
     assert "cannot make a Runtime: " in ended.stdout
     assert "needs an NVIDIA GPU and a driver" in ended.stdout
 
 
 def has_device() -> bool:
-    from pathlib import Path
-
     return any(Path("/dev").glob("nvidia[0-9]*"))
 
 

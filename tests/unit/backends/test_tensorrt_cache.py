@@ -1,16 +1,19 @@
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from headrace.backends.tensorrt_cache import Device, PlanCache, PlanKey, choose_evicted, model_digest
+from headrace.backends import tensorrt_cache
+from headrace.backends.tensorrt_cache import Device, PlanCache, PlanKey, _try_lock, choose_evicted, model_digest
 from headrace.backends.tensorrt_options import BuildOptions
 from headrace.backends.tensorrt_profiles import Profile, ShapeRange
 from headrace.errors import LoadError
+from structlog.testing import CapturingLogger
 
 KEY = PlanKey(
     model="ab" * 32,
@@ -107,13 +110,17 @@ def test_what_was_kept_is_found_again(cache: PlanCache) -> None:
 
 
 @pytest.mark.parametrize("position", [0, 3, -1, -12, -40])
-def test_corrupted_plan_is_deleted_and_said_so(cache: PlanCache, position: int, capsys: pytest.CaptureFixture[str]) -> None:
+def test_corrupted_plan_is_deleted_and_said_so(cache: PlanCache, position: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = CapturingLogger()
+    monkeypatch.setattr(tensorrt_cache, "log", log)
     keep(cache, KEY, b"the plan")
     raw = bytearray(file_of(cache, KEY).read_bytes())
     raw[position] ^= 1
     file_of(cache, KEY).write_bytes(raw)
     assert found(cache, KEY) is None
     assert not file_of(cache, KEY).exists()
+    [call] = log.calls
+    assert (call.method_name, call.kwargs["next"]) == ("warning", "it is built again")
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 15, 16, 100])
@@ -189,6 +196,24 @@ def test_waiting_for_another_builder_ends_when_the_load_is_cancelled(cache: Plan
         cancelled.set()
         with pytest.raises(LoadError, match="given up while another instance built"):
             waiting.result()
+
+
+def test_lock_on_a_file_that_its_holder_deleted_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was opened just before the other builder was done: whoever comes next would lock a new file."""
+    path, real, calls = tmp_path / "lock", fcntl.flock, []
+
+    def flock(descriptor: int, operation: int) -> None:
+        if not calls:
+            path.unlink()
+        calls.append(descriptor)
+        real(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    descriptor = _try_lock(path)
+    assert descriptor is not None
+    assert os.fstat(descriptor).st_ino == path.stat().st_ino
+    assert len(calls) == 2
+    os.close(descriptor)
 
 
 def test_other_keys_are_built_meanwhile(cache: PlanCache) -> None:

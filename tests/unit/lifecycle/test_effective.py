@@ -307,6 +307,32 @@ def test_files_of_two_backends_are_ambiguous(tmp_path: Path) -> None:
         resolve_model(ModelConfig("m"), directory, directory / "1", {**BACKENDS, "plan": Plan})
 
 
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_artifact_that_nobody_vouched_for_is_not_opened(tmp_path: Path, is_signed: bool) -> None:
+    opened = []
+
+    class Plan(OnnxRuntimeBackend):
+        @classmethod
+        def check_trusted(cls, path: Path, instance: InstanceConfig, *, is_signed: bool) -> None:
+            if not is_signed:
+                raise LoadError("nobody vouched for it")
+
+        @classmethod
+        def graph_digest(cls, path: Path) -> str:
+            opened.append(path)
+            return super().graph_digest(path)
+
+    directory = write(tmp_path, onnx_models.identity())
+    if is_signed:
+        effective = resolve_model(ModelConfig("m"), directory, directory / "1", {"onnxruntime": Plan}, is_signed=True)
+        assert effective.expected(is_signed=True).is_signed
+        assert effective.expected().signature is effective.signature
+    else:
+        with pytest.raises(LoadError, match="nobody vouched"):
+            resolve_model(ModelConfig("m"), directory, directory / "1", {"onnxruntime": Plan})
+    assert len(opened) == is_signed
+
+
 def test_linked_model_directory_keeps_its_own_name(tmp_path: Path) -> None:
     directory = write(tmp_path, onnx_models.identity())
     link = tmp_path / "linked"
