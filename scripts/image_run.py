@@ -1,4 +1,4 @@
-"""Runs an image's tree as `docker run --read-only --cap-drop ALL --network none --volume examples:/models:ro` would, and asks it."""
+"""Runs an image's tree as `docker run --read-only --tmpfs /tmp --cap-drop ALL --network none --volume examples:/models:ro` would, and asks it."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class Container:
         assert user is not None
         self._uid, _, self._gid = user.text.partition(":")
         mount_devices(tree)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", tree / "tmp"], check=True)
         subprocess.run(["mount", "--bind", "--read-only", models, tree / "models"], check=True)
         script = f'ip link set lo up && mount -t proc proc "{tree}/proc" && mount -t sysfs -o ro sys "{tree}/sys" && exec "$@"'
         namespaces = ["unshare", "--net", "--pid", "--ipc", "--fork", "--kill-child", "sh", "-c", script, "sh"]
@@ -114,5 +115,5 @@ class Container:
         if self.process.poll() is None:
             self.process.kill()  # its child goes with it (--kill-child)
             self.process.wait()
-        for name in ("proc", "sys", "dev", "models"):
+        for name in ("proc", "sys", "dev", "tmp", "models"):
             unmount_below(self._tree / name)
