@@ -23,9 +23,10 @@ HELP = "mnt"
 SLIM = ("usr/share/doc", "usr/share/man", "usr/share/info", "usr/share/locale", "usr/share/lintian", "usr/share/groff", "var/cache/apt",
         "var/lib/apt/lists", "var/log/apt", "var/log/bootstrap.log", "var/log/dpkg.log")  # fmt: skip
 """What debian:*-slim lacks beside debootstrap's minimal base."""
-SLIM_DPKG = "".join(
-    f"path-exclude /usr/share/{name}/*\n" for name in ("doc", "man", "info", "locale", "lintian", "groff")
-) + "path-include /usr/share/doc/*/copyright\n"
+SLIM_DPKG = (
+    "".join(f"path-exclude /usr/share/{name}/*\n" for name in ("doc", "man", "info", "locale", "lintian", "groff"))
+    + "path-include /usr/share/doc/*/copyright\n"
+)
 """As that image has it for the packages that are installed later."""
 
 SLIM_APT = """\
@@ -101,7 +102,9 @@ class Built:
 class Builder:
     """`work`: an empty folder on a file system that can be an overlay's upper layer. Nothing in it is used twice."""
 
-    def __init__(self, context: Path, ignored: IgnoreFile, base: Path, work: Path, *, wheels: Path | None, certificates: Path | None) -> None:
+    def __init__(
+        self, context: Path, ignored: IgnoreFile, base: Path, work: Path, *, wheels: Path | None, certificates: Path | None
+    ) -> None:
         self._context = context
         self._ignored = ignored
         self._base = base
