@@ -44,8 +44,8 @@ FROM ${BASE}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 ca-certificates \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
-    && groupadd --gid 65532 headrace \
-    && useradd --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin headrace \
+    && groupadd --key GID_MAX=65532 --gid 65532 headrace \
+    && useradd --key UID_MAX=65532 --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin headrace \
     && install --directory --owner=65532 --group=65532 /models /var/cache/headrace
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=application /opt/headrace /opt/headrace

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from scripts.dockerfile_rules import faults
 from scripts.dockerfiles import DockerfileError, IgnoreFile, parse
 

@@ -14,6 +14,7 @@ from headrace import cli
 from headrace.config_loading import load_server_config
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
 from scripts.check_images import RELEASE, lint
 from scripts.dockerfile_rules import environment
 from scripts.dockerfiles import Dockerfile, parse

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 import yaml
+from fake_models import FakeModels
 from headrace import cli
 from headrace.config import ServerConfig
 from headrace.config_loading import load_server_config, option_keys
 from headrace.http.server import HttpServer
 from headrace.telemetry.metrics import make_registry
+
 from scripts.dockerfile_rules import environment
 from scripts.dockerfiles import parse
-from fake_models import FakeModels
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "deploy" / "kubernetes"
