@@ -393,12 +393,7 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     assert runs is not None
     assert runs._graphs is not None
     assert [len(plans) for plans in runs._plans] == [KEPT_PLANS, KEPT_PLANS]
-    ids = [
-        plan.options.get_run_config_entry("gpu_graph_id")
-        for plans in runs._plans
-        for key, plan in plans.items()
-        if key in runs._graphs
-    ]
+    ids = [plan.options.get_run_config_entry("gpu_graph_id") for plans in runs._plans for key, plan in plans.items() if key in runs._graphs]
     assert sorted(ids) == ["1", "2", "3", "4"]
     assert runs._queued.get_run_config_entry("gpu_graph_id") == "-1"
     assert runs._queued.get_run_config_entry("disable_synchronize_execution_providers") == "1"
