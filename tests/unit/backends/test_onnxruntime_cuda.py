@@ -204,6 +204,24 @@ def test_outputs_whose_shape_depends_on_values(tmp_path: Path) -> None:
         assert result.tolist() == [expected]
 
 
+def test_outputs_of_the_runtime_live_until_they_are_copied_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load(onnx_models.identity(), tmp_path)
+    bindings: list[weakref.ref[object]] = []
+    make = backend._session.io_binding
+
+    def watched() -> object:
+        binding = make()
+        bindings.append(weakref.ref(binding))
+        return binding
+
+    monkeypatch.setattr(backend._session, "io_binding", watched)
+    pending = backend.launch({"x": np.ones((2, 4), np.float32)}, None)
+    assert bindings[0]() is not None, "the copy has not been waited for"
+    assert (pending.wait()[0] == 1).all()
+    pending.release()
+    assert bindings[0]() is None
+
+
 def test_strings_run_as_on_the_cpu(tmp_path: Path) -> None:
     backend = load(onnx_models.identity("BYTES"), tmp_path)
     given = np.array([[b"a", b"bc", b"", "ü".encode()]], object)
