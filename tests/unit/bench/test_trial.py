@@ -93,9 +93,8 @@ def test_why_a_process_failed_comes_back(tmp_path: Path) -> None:
 
 def test_what_is_declared_around_the_model_is_measured_with_it_also_in_a_process_of_its_own(tmp_path: Path) -> None:
     path = onnx_models.save(onnx_models.parse("g (float[N,1,2,2] x) => (float[N,4] y) { y = Flatten(x) }"), tmp_path / "m" / "1")
-    signature = Signature(
-        "m", (TensorSpec("x", DataType.UINT8, (-1, -1, -1, 1)),), (Y, TensorSpec("y_classes", DataType.INT32, (-1, 1))), 4
-    )
+    best, classes = TensorSpec("y", DataType.FP32, (-1, 1)), TensorSpec("y_classes", DataType.INT32, (-1, 1))
+    signature = Signature("m", (TensorSpec("x", DataType.UINT8, (-1, -1, -1, 1)),), (best, classes), 4)
     processing = Processing({"x": Normalize(size=(2, 2))}, {"y": TopK(1)})
     images = {"x": np.zeros((1, 5, 6, 1), np.uint8)}
     around = {"processing": processing, "output_names": ("y",)}

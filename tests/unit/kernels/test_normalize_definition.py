@@ -161,7 +161,7 @@ def test_narrow_types_are_rounded_to_the_nearest_even(datatype: Any, numbers: Ar
     batch, settings = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), {"scale": scale, "mean": (mean,), "deviation": (deviation,)}
     wide = Normalize(**settings)(batch).ravel()
     found = Normalize(**settings, datatype=datatype)(batch).ravel().view(np.uint16)
-    expected = [nearest(abs(float(value)), numbers) | (0x8000 if value < 0 else 0) for value in wide]
+    expected = [nearest(abs(float(value)), numbers) | (0x8000 if np.signbit(value) else 0) for value in wide]
     assert found.tolist() == expected
 
 
