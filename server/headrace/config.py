@@ -273,6 +273,42 @@ class TensorConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class PreprocessConfig:
+    """What is done to an input's images before the model sees them. Clients send them as UINT8 [rows, height, width, channels]."""
+
+    input: str = _option("", "The input's name in the artifact; there it has four dimensions and FP32, FP16 or BF16.")
+    size: tuple[int, ...] = _option(
+        (), "Height and width that the model takes: images of any size are resized (bilinear). Left out: they come in its size.",
+        minimum=1,
+    )  # fmt: skip
+    antialias: bool = _option(True, "Whether all pixels of a larger image count, as Pillow has it, or the four nearest to each.")
+    scale: float = _option(1 / 255, "What pixels, 0 to 255, are multiplied by; 1/255 left out.")
+    mean: tuple[float, ...] = _option((0.0,), "Subtracted after that; one number, or one for each channel in the model's order.")
+    deviation: tuple[float, ...] = _option((1.0,), "Divided by after that; one number, or one for each channel in the model's order.")
+    channels: str = _option("rgb", "The order that the model takes; clients send rgb.", choices=("rgb", "bgr"))
+    layout: str = _option("NCHW", "How the model takes them: channels before height and width, or after.", choices=("NCHW", "NHWC"))
+    max_pixels: int = _option(1 << 24, "Height times width of an image at most, where that is the client's choice.", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PostprocessConfig:
+    """What is done to an output's scores before clients get them. softmax and top_k: the probabilities of the most probable."""
+
+    output: str = _option("", "The output's name in the artifact; there it is floating.")
+    softmax: bool = _option(False, "Probabilities (FP32) in place of scores, along the last dimension.")
+    top_k: int = _option(
+        0,
+        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the "
+        "classes that they are of (INT32). 0: all.",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.softmax and not self.top_k:
+            raise ConfigError("expected softmax = true, top_k, or both")
+
+
+@dataclass(frozen=True, slots=True)
 class DriftConfig:
     """How live data is compared with a version's reference. What of it is watched is said at each tensor (`monitor`)."""
 
@@ -384,6 +420,8 @@ class ModelConfig:
     instances: InstanceConfig = InstanceConfig()
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()
+    preprocess: tuple[PreprocessConfig, ...] = ()
+    postprocess: tuple[PostprocessConfig, ...] = ()
     version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
     labels: Mapping[str, int] = field(default_factory=dict)
     swap_policy: str = _option(

@@ -50,7 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.backends.onnx_graph"),
+    ("headrace.sources.verification", "headrace.backends.onnx_graph", "headrace.backends.processed", "headrace.lifecycle.processing"),
     (
         "headrace.sources.cache",
         "headrace.sources.mlflow_registry",
@@ -126,6 +126,7 @@ PURE = (
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
+    "headrace.lifecycle.processing", "headrace.backends.processing",
     "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
     "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip

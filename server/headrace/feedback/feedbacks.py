@@ -254,7 +254,7 @@ class Feedbacks:
         if not config.enabled:
             return None
         try:
-            subject = choose(effective.signature, config, effective.labels)
+            subject = choose(effective.signature, config, effective.labels, effective.ranked)
         except ConfigError as error:
             # Of serving nothing depends on it.
             log.warning("feedback not taken", model=name, version=version, reason=str(error))

@@ -6,6 +6,7 @@ Triton's, which bounds the queue alone: a configuration that works there has it 
 
 from __future__ import annotations
 
+from headrace.backends.processing import classes_of
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest, Unsupported
 from headrace.lifecycle.value_checks import ValueChecks
@@ -30,7 +31,7 @@ def make_ticket(
     if checks is not None:
         checks.look_at(admission.inputs(request), request.id)
     for output in request.outputs:
-        _check_output_parameters(output)
+        _check_output_parameters(signature, output)
     priority = batching.default_priority_level
     answer_by = reply.deadline if reply.deadline is not None else NEVER
     if batching.slo:
@@ -51,12 +52,14 @@ def make_ticket(
     )  # fmt: skip
 
 
-def _check_output_parameters(output: RequestedOutput) -> None:
+def _check_output_parameters(signature: Signature, output: RequestedOutput) -> None:
     """Ignoring what a client asks of an output would give it another tensor than it expects."""
     if "classification" in output.parameters:
         if REGION in output.parameters:
             raise InvalidRequest(f"output '{output.name}': expected 'classification' or '{REGION}', got both")
-        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the tensor itself")
+        classes = classes_of(output.name)
+        instead = f"tensors '{output.name}' and '{classes}'" if any(s.name == classes for s in signature.outputs) else "tensor itself"
+        raise Unsupported(f"output '{output.name}': the classification extension is not supported; ask for the {instead}")
 
 
 def _check_reserved(parameters: Parameters) -> None:

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.processed import processed
 from headrace.backends.worker import BatchRunner, WarmUp, Worker
 from headrace.batching.batcher import Batcher, Schedule, Timer
 from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
@@ -303,8 +304,9 @@ class ModelVersion:
     ) -> WarmUp:
         path = select_file(directory, effective.filename)
         sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
-        runs = effective.config.warmup_runs
-        workers = [Worker(f"{self.name}#{i}", backend(path, effective.instances)) for i in range(effective.instances.count)]
+        runs, count = effective.config.warmup_runs, effective.instances.count
+        made = [processed(backend(path, effective.instances), effective.processing, effective.output_names) for _ in range(count)]
+        workers = [Worker(f"{self.name}#{i}", instance) for i, instance in enumerate(made)]
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
         self._workers = workers
@@ -330,7 +332,10 @@ class ModelVersion:
         if self._drift is None:
             return None
         published = self.inspection.reference if self.inspection is not None else None
-        before = predecessor._watch if predecessor is not None else None
+        # What was seen of tensors that something else was done to says nothing of these.
+        old = predecessor.effective if predecessor is not None else None
+        is_alike = old is not None and old.processing == effective.processing
+        before = predecessor._watch if predecessor is not None and is_alike else None
         return drift_subject(self.version, effective, published, before, self.counters)
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
@@ -474,8 +479,8 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
     if before is None or before.effective is None:
         return NOTHING_KNOWN
     old = before.effective
-    is_alike = (old.backend, old.signature, old.batching, old.instances) == (
-        effective.backend, effective.signature, effective.batching, effective.instances,
+    is_alike = (old.backend, old.signature, old.batching, old.instances, old.processing) == (
+        effective.backend, effective.signature, effective.batching, effective.instances, effective.processing,
     )  # fmt: skip
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
     table = before._batcher.latencies if before._batcher is not None else None

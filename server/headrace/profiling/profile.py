@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.processed import processed
 from headrace.drift.building import ReferenceBuilder
 from headrace.drift.extraction import as_numbers
 from headrace.drift.plan import choose
@@ -73,7 +74,8 @@ def profile(
 def _loaded(subject: Subject, backends: BackendRegistry) -> Iterator[Backend]:
     effective = subject.effective
     path = select_file(subject.directory, effective.filename)
-    backend = backends[effective.backend](path, replace(effective.instances, count=1))
+    instance = backends[effective.backend](path, replace(effective.instances, count=1))
+    backend = processed(instance, effective.processing, effective.output_names)
     backend.load()
     try:
         yield backend
