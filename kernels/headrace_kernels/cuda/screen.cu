@@ -21,7 +21,6 @@ DEVICE void take(Record& record, float value) {
         ++record.nonfinite;
         return;
     }
-    value += 0.0f;    // -0.0 becomes 0.0: the atomics below compare bits
     double wide = value;
     record.sum += wide;
     record.squares += wide * wide;
