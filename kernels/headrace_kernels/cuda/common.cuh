@@ -166,5 +166,18 @@ template <typename T, int V> DEVICE void store_pack(T* pointer, const Pack<T, V>
         if (i < valid) pointer[i] = pack.items[i];
 }
 
+// COUNT packs, `step` elements apart, all in flight at once. `valid` and `step` in elements. The whole ones are one branch for all: with
+// one for each, every load is waited for before the next, as both ways of a branch have to end in the same registers.
+template <typename T, int V, int COUNT>
+DEVICE void load_packs(Pack<T, V> (&packs)[COUNT], const T* pointer, i64 step, i64 valid, bool wide, T fill) {
+    if (wide && (COUNT - 1) * step + V <= valid) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) packs[i] = load_whole<T, V>(pointer + i * step);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) packs[i] = load_pack<T, V>(pointer + i * step, valid - i * step, wide, fill);
+}
+
 DEVICE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 DEVICE i64 larger(i64 a, i64 b) { return a > b ? a : b; }
