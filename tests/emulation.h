@@ -1,8 +1,8 @@
 // CUDA for a C++ compiler: enough of it to run the kernels of headrace_kernels/cuda, every thread of every block, on one CPU thread.
 //
 // A block's threads are coroutines that run until they stand at a barrier or a shuffle; then the next one runs. The order is forward,
-// backward or shuffled, so that a result which depends on it, as with a barrier that is missing, shows. A barrier that not all
-// reach is a fault, not a hang. What this does not show: real concurrency, memory order, rates, and the instructions that stand behind
+// backward, or shuffled with warps ahead of others, so that a result which depends on it, as where a barrier is missing, shows. A barrier
+// that not all reach is a fault, not a hang. What this does not show: real concurrency, memory order, rates, and the instructions that stand behind
 // `#ifdef __CUDA_ARCH__`.
 #pragma once
 #include <ucontext.h>
@@ -67,24 +67,41 @@ inline void resume(unsigned index) {
     swapcontext(&scheduler, &fibres[index].context);
 }
 
-// Lets those go on who all stand at the same barrier. False: nobody may.
-inline bool release(unsigned count, std::vector<char>& ready) {
-    bool any = false;
-    auto stands = [](State state) { return [state](const Fibre& fibre) { return fibre.state == state; }; };
+// Lets those go on who all stand at the same barrier.
+inline void release(unsigned count, std::vector<char>& ready) {
+    auto let_go = [&](unsigned first, unsigned last) {
+        for (unsigned i = first; i < last; ++i)
+            if (fibres[i].state != State::done) {
+                fibres[i].state = State::running;
+                ready[i] = 1;
+            }
+    };
+    auto stand = [](unsigned first, unsigned last, State state) {
+        return std::count_if(fibres.begin() + first, fibres.begin() + last, [state](const Fibre& fibre) { return fibre.state == state; });
+    };
     for (unsigned warp = 0; warp < count; warp += 32) {
-        auto first = fibres.begin() + warp, last = fibres.begin() + std::min(count, warp + 32);
-        if (std::all_of(first, last, stands(State::at_warp_barrier))) {
-            std::fill(ready.begin() + warp, ready.begin() + (last - fibres.begin()), 1);
-            any = true;
-        }
+        unsigned last = std::min(count, warp + 32);
+        if (stand(warp, last, State::at_warp_barrier) == last - warp) let_go(warp, last);
     }
-    auto first = fibres.begin(), last = fibres.begin() + count;
-    auto arrived = std::count_if(first, last, stands(State::at_block_barrier)), done = std::count_if(first, last, stands(State::done));
-    if (arrived && arrived + done == count) {
-        for (unsigned i = 0; i < count; ++i) ready[i] = fibres[i].state == State::at_block_barrier;
-        any = true;
+    auto arrived = stand(0, count, State::at_block_barrier);
+    if (arrived && arrived + stand(0, count, State::done) == count) let_go(0, count);
+}
+
+// Runs those that may go on, until each stands at its next barrier. With `shuffle` those of one warp only, and of the same one for as long
+// as it can: it runs ahead of the others to the next barrier of the block.
+inline void run_ready(unsigned count, std::vector<unsigned>& order, std::vector<char>& ready, std::mt19937* shuffle) {
+    static unsigned chosen = 0;
+    if (shuffle) {
+        std::shuffle(order.begin(), order.end(), *shuffle);
+        auto is_ready = [&](unsigned index) { return ready[index] != 0; };
+        if (std::none_of(order.begin(), order.end(), [&](unsigned index) { return is_ready(index) && index / 32 == chosen; }))
+            chosen = *std::find_if(order.begin(), order.end(), is_ready) / 32;
     }
-    return any;
+    for (unsigned index : order) {
+        if (!ready[index] || (shuffle && index / 32 != chosen)) continue;
+        ready[index] = 0;
+        resume(index);
+    }
 }
 
 inline void run_block(unsigned count, std::vector<unsigned>& order, std::mt19937* shuffle) {
@@ -94,22 +111,16 @@ inline void run_block(unsigned count, std::vector<unsigned>& order, std::mt19937
         fibres[i].context.uc_stack.ss_sp = fibres[i].stack.data();
         fibres[i].context.uc_stack.ss_size = fibres[i].stack.size();
         fibres[i].context.uc_link = &scheduler;
+        fibres[i].state = State::running;
         makecontext(&fibres[i].context, enter, 0);
     }
     std::vector<char> ready(count, 1);
-    while (true) {
-        if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
-        for (unsigned index : order) {
-            if (!ready[index]) continue;
-            ready[index] = 0;
-            resume(index);
-        }
-        if (std::all_of(fibres.begin(), fibres.begin() + count, [](const Fibre& fibre) { return fibre.state == State::done; })) return;
-        if (!release(count, ready)) {
-            fault = "some threads stand at a barrier that the others do not reach";
-            return;
-        }
+    while (std::find(ready.begin(), ready.end(), 1) != ready.end()) {
+        run_ready(count, order, ready, shuffle);
+        release(count, ready);
     }
+    for (unsigned i = 0; i < count; ++i)
+        if (fibres[i].state != State::done) fault = "some threads stand at a barrier that the others do not reach";
 }
 
 // order: 0 forward, 1 backward, above that shuffled with the number as seed. Returns what went wrong, or nothing.

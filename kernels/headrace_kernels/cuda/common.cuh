@@ -141,14 +141,42 @@ template <typename T, int V> DEVICE Pack<T, V> load_pack(const T* pointer, i64 v
     return pack;
 }
 
+// One instruction for one word. Left to itself the compiler, which sees through the union, stores its items one by one.
+template <typename W> DEVICE void store_word(W* pointer, const W& word) { *pointer = word; }
+#ifdef __CUDA_ARCH__
+DEVICE void store_word(uint4* pointer, const uint4& word) {
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(pointer)), "r"(word.x), "r"(word.y),
+                 "r"(word.z), "r"(word.w) : "memory");
+}
+DEVICE void store_word(uint2* pointer, const uint2& word) {
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(pointer)), "r"(word.x), "r"(word.y) : "memory");
+}
+DEVICE void store_word(u32* pointer, const u32& word) {
+    asm volatile("st.global.u32 [%0], %1;" ::"l"(__cvta_generic_to_global(pointer)), "r"(word) : "memory");
+}
+#endif
+
 template <typename T, int V> DEVICE void store_pack(T* pointer, const Pack<T, V>& pack, i64 valid, bool wide) {
     if (wide && valid >= V) {
-        *reinterpret_cast<typename Pack<T, V>::Whole*>(pointer) = pack.whole;
+        store_word(reinterpret_cast<typename Pack<T, V>::Whole*>(pointer), pack.whole);
         return;
     }
 #pragma unroll
     for (int i = 0; i < V; ++i)
         if (i < valid) pointer[i] = pack.items[i];
+}
+
+// COUNT packs, `step` elements apart, all in flight at once. `valid` and `step` in elements. The whole ones are one branch for all: with
+// one for each, every load is waited for before the next, as both ways of a branch have to end in the same registers.
+template <typename T, int V, int COUNT>
+DEVICE void load_packs(Pack<T, V> (&packs)[COUNT], const T* pointer, i64 step, i64 valid, bool wide, T fill) {
+    if (wide && (COUNT - 1) * step + V <= valid) {
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) packs[i] = load_whole<T, V>(pointer + i * step);
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) packs[i] = load_pack<T, V>(pointer + i * step, valid - i * step, wide, fill);
 }
 
 DEVICE i64 smaller(i64 a, i64 b) { return a < b ? a : b; }

@@ -32,18 +32,13 @@ template <typename S, typename T> struct Gather {
         i64 packs = (width - head) / V;
         bool wide = is_aligned<S, V>(from + head);
         bool wide_mask = is_aligned<T, V>(mask + head);
-        i64 first = (i64)blockIdx.x * blockDim.x * GATHER_UNROLL + threadIdx.x;
+        i64 step = (i64)blockDim.x * V, end = head + packs * V;
+        i64 first = head + ((i64)blockIdx.x * blockDim.x * GATHER_UNROLL + threadIdx.x) * V;
         Pack<S, V> loaded[GATHER_UNROLL];
+        load_packs(loaded, from + first, step, smaller(end, length) - first, wide, S());
 #pragma unroll
-        for (int u = 0; u < GATHER_UNROLL; ++u) {
-            i64 index = head + (first + (i64)u * blockDim.x) * V;
-            if (first + (i64)u * blockDim.x < packs) loaded[u] = load_pack<S, V>(from + index, length - index, wide, S());
-        }
-#pragma unroll
-        for (int u = 0; u < GATHER_UNROLL; ++u) {
-            i64 index = head + (first + (i64)u * blockDim.x) * V;
-            if (first + (i64)u * blockDim.x < packs) store(loaded[u], to, mask, index, length, pad, wide_mask);
-        }
+        for (int u = 0; u < GATHER_UNROLL; ++u)
+            if (first + u * step < end) store(loaded[u], to, mask, first + u * step, length, pad, wide_mask);
         if (blockIdx.x) return;
         i64 tail = head + packs * V + threadIdx.x;
         if (threadIdx.x < head) one(from, to, mask, threadIdx.x, length, pad);

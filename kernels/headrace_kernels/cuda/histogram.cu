@@ -30,11 +30,7 @@ DEVICE void count_values(const S* values, i64 total, int features, const float* 
     int step = (int)(threads * V % features);
     for (i64 at = first; at < total; at += threads * V * HISTOGRAM_UNROLL) {
         Pack<S, V> loaded[HISTOGRAM_UNROLL];
-#pragma unroll
-        for (int u = 0; u < HISTOGRAM_UNROLL; ++u) {
-            i64 place = at + u * threads * V;
-            if (place < total) loaded[u] = load_pack<S, V>(values + place, total - place, wide, S());
-        }
+        load_packs(loaded, values + at, threads * V, total - at, wide, S());
 #pragma unroll
         for (int u = 0; u < HISTOGRAM_UNROLL; ++u) {
             i64 left = total - (at + u * threads * V);

@@ -21,7 +21,6 @@ DEVICE void take(Record& record, float value) {
         ++record.nonfinite;
         return;
     }
-    value += 0.0f;    // -0.0 becomes 0.0: the atomics below compare bits
     double wide = value;
     record.sum += wide;
     record.squares += wide * wide;
@@ -79,6 +78,18 @@ KERNEL(256, 4) screen_reset(Record* records, i64 count) {
     if (at < count) records[at] = nothing();
 }
 
+// As load_packs: one branch for all that are whole.
+template <typename S, int V>
+DEVICE void load_rows(Pack<S, V> (&rows)[SCREEN_ROWS], const S* values, i64 features, i64 left, i64 valid, bool wide) {
+    if (wide && valid >= V && left >= SCREEN_ROWS) {
+#pragma unroll
+        for (int u = 0; u < SCREEN_ROWS; ++u) rows[u] = load_whole<S, V>(values + u * features);
+        return;
+    }
+#pragma unroll
+    for (int u = 0; u < SCREEN_ROWS; ++u) rows[u] = load_pack<S, V>(values + u * features, u < left ? valid : 0, wide, S());
+}
+
 template <typename S>
 DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, Record* by_feature, Record* by_request, int rows_each) {
     constexpr int V = sizeof(S) == 8 ? 2 : 4;
@@ -93,9 +104,7 @@ DEVICE void screen(const S* values, i64 rows, i64 features, const int* owners, R
     int owner = -1;
     for (i64 row = first; row < last; row += SCREEN_ROWS) {
         Pack<S, V> loaded[SCREEN_ROWS];
-#pragma unroll
-        for (int u = 0; u < SCREEN_ROWS; ++u)
-            if (row + u < last) loaded[u] = load_pack<S, V>(values + (row + u) * features + feature, valid, wide, S());
+        load_rows(loaded, values + row * features + feature, features, last - row, valid, wide);
 #pragma unroll
         for (int u = 0; u < SCREEN_ROWS; ++u) {
             int next = row + u < last ? __ldg(owners + row + u) : -1;    // one for the whole warp

@@ -2,15 +2,16 @@ from __future__ import annotations
 
 import os
 import re
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from headrace_kernels import build
-from headrace_kernels.build import ARCHITECTURES, Resources, compile_cubin, fatbin_path, find_nvcc, parse_resources, table
+from headrace_kernels.build import ARCHITECTURES, FLAGS, Resources, compile_cubin, fatbin_path, find_nvcc, parse_resources, table
 from headrace_kernels.errors import KernelsUnavailable
 from headrace_kernels.modules import Modules, cuda_core, unavailable
-from headrace_kernels.sources import DIRECTORY, digest, kernel_names, text
+from headrace_kernels.sources import DIRECTORY, ITEMSIZE, digest, kernel_names, text
 
 LOG = """
 ptxas info    : 0 bytes gmem
@@ -39,6 +40,28 @@ def test_every_kernel_compiles_for_each_architecture_without_spills(tmp_path: Pa
         ):
             assert {one.kernel for one in found} == names, architecture
             assert [one for one in found if one.spills or one.stack] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("source", ["gather", "normalize"])
+def test_whole_words_are_loaded_and_stored(tmp_path: Path, source: str) -> None:
+    """The compiler once took a store of 16 bytes apart into eight of two: right, and several times as slow."""
+    try:
+        nvcc = find_nvcc()
+    except KernelsUnavailable as error:
+        pytest.skip(str(error))
+    subprocess.run([nvcc, "-ptx", "-arch=compute_90", FLAGS[0], "-o", tmp_path / "ptx", DIRECTORY / f"{source}.cu"], check=True)
+    bodies = re.findall(r"\.entry (\w+)\((.*?)\n}", (tmp_path / "ptx").read_text(), re.DOTALL)
+    assert {name for name, _ in bodies} == set(kernel_names()[source])
+    for name, body in bodies:
+        source_type, target_type = name.split("_")[-2:] if source == "gather" else ("uint8", name.split("_")[2])
+        if name.startswith("resize"):
+            continue  # a thread has one pixel
+        assert "st.global.v2.u16" not in body, name
+        if ITEMSIZE[target_type] >= ITEMSIZE[source_type]:
+            assert "st.global.v4.u32" in body, name
+        if ITEMSIZE[source_type] >= ITEMSIZE[target_type] or source == "normalize":
+            assert "ld.global.nc.v4.u32" in body, name
 
 
 def test_what_ptxas_says_is_read() -> None:
