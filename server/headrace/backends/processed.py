@@ -93,6 +93,14 @@ class _Processed(Backend):
     def works_on_the_caller(self) -> bool:  # type: ignore[override]  # of the instance inside, which may know it once it is loaded
         return self._inner.works_on_the_caller
 
+    @property
+    def device(self) -> str:
+        return self._inner.device
+
+    @property
+    def device_memory(self) -> int:
+        return self._inner.device_memory
+
     @classmethod
     def inspect(cls, path: Path) -> ArtifactSignature:
         raise TypeError("expected the class of the backend inside: it knows its artifacts")

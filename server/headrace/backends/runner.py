@@ -140,7 +140,7 @@ class BatchRunner:
     def _gather(self, backend: Backend, tickets: Sequence[Ticket], taken: float, stage: Stage | None) -> _Batch:
         rows = sum([ticket.rows for ticket in tickets])
         padded = padded_size(rows, self._allowed) if self._allowed else rows
-        lent = lend_or_bring(backend, self._signature, tickets, padded) if True in [ticket.on_device for ticket in tickets] else None
+        lent = lend_or_bring(backend, self._signature, tickets, padded)
         inputs = gather(self._signature, tickets, padded, stage)
         if lent:
             backend.lend(lent)

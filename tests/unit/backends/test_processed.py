@@ -99,6 +99,8 @@ def test_it_lives_as_the_one_inside_does() -> None:
         live: ClassVar[list[FakeBackend]] = []
         works_on_the_caller = True
         shrunk: Mapping[str, Array] | None = None
+        device = "cuda:3"
+        device_memory = 7
 
         def shrink(self, inputs: Mapping[str, Array]) -> None:
             self.shrunk = inputs
@@ -114,6 +116,7 @@ def test_it_lives_as_the_one_inside_does() -> None:
     assert isinstance(inner, Local)
     assert inner.shrunk is not None
     assert inner.shrunk["image"].dtype == inner.batches[0]["image"].dtype == np.float32
+    assert (backend.device, backend.device_memory) == ("cuda:3", 7)
     backend.close()
     assert Local.live == []
 
