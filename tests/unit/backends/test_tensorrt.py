@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 from fake_tensorrt import WIDTH, FakeGraph, FakeGraphBuilder, FakeTensorRt, QueuedKernels, StreamGpu, plan_of
 from headrace.backends import cuda_processing, tensorrt, tensorrt_engine, tensorrt_plans
-from headrace.backends.base import ArtifactSignature, Expected
+from headrace.backends.base import ArtifactSignature, DeviceArray, Expected
 from headrace.backends.processing import Processing
 from headrace.backends.tensorrt import TensorRtBackend
 from headrace.config import InstanceConfig, SourceConfig
@@ -188,6 +188,18 @@ def test_what_was_gathered_into_the_lane_is_not_copied_again(machine: Machine) -
     np.testing.assert_array_equal(pending.wait()[0], np.full((3, WIDTH), 14, np.float32))
     pending.release()
     assert backend.stage({"z": (3, WIDTH)}) == {}
+
+
+def test_input_that_lies_on_the_device_is_read_there(machine: Machine) -> None:
+    backend = loaded(machine.plan())
+    for seed in range(5):
+        there = batch(4, seed)["x"]
+        machine.gpu.copied.clear()
+        backend.lend({"x": DeviceArray("cuda:0", there.ctypes.data, there.shape, there.dtype, there)})
+        [y] = backend.execute({}, None)
+        np.testing.assert_array_equal(y, there * np.float32(2))
+        assert machine.gpu.copied == [there.nbytes, y.nbytes]
+    check(backend, 4)
 
 
 def test_each_size_runs_in_the_narrowest_profile(machine: Machine) -> None:
