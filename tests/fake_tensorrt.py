@@ -313,6 +313,9 @@ class FakeTensorRt:
     def say(self, severity: Severity, message: str) -> None:
         self.library.logger.log(severity, message)
 
+    def init_libnvinfer_plugins(self, logger: object, namespace: str) -> bool:
+        return "init_libnvinfer_plugins" not in self.errors
+
     def Runtime(self, logger: object) -> Any:  # noqa: N802  # as theirs
         owner = self
 

@@ -339,6 +339,12 @@ def test_file_that_is_no_plan_is_told_with_tensorrts_reason(machine: Machine) ->
         backend.load()
 
 
+def test_plugins_that_cannot_be_registered_are_a_load_error(machine: Machine) -> None:
+    machine.tensorrt.errors["init_libnvinfer_plugins"] = ""
+    with pytest.raises(LoadError, match="cannot register its plugins"):
+        machine.plan().load()
+
+
 @pytest.mark.parametrize("content", [None, b""])
 def test_missing_or_empty_plan_is_a_load_error(machine: Machine, content: bytes | None) -> None:
     backend = machine.plan()
