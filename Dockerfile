@@ -1,7 +1,7 @@
 # Headrace on the CPU. deploy/docker/README.md has how to build and run it, what is in it and what was checked.
 #
 #   docker build --tag headrace .
-#   docker run --read-only --publish 8001:8001 --publish 8002:8002 --volume "$PWD/examples/models:/models:ro" headrace
+#   docker run --read-only --tmpfs /tmp --publish 8001:8001 --publish 8002:8002 --volume "$PWD/examples/models:/models:ro" headrace
 #
 # The point release is pinned, not what Debian adds to it for security: `--pull` and a build bring that. For an image that is the same
 # byte for byte, give the digest: --build-arg BASE=debian:13.8-slim@sha256:...
@@ -44,14 +44,15 @@ FROM ${BASE}
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends python3 ca-certificates \
     && rm -rf /var/lib/apt/lists/* /var/log/apt /var/log/dpkg.log \
-    && groupadd --system --gid 65532 headrace \
-    && useradd --system --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin headrace \
+    && groupadd --key GID_MAX=65532 --gid 65532 headrace \
+    && useradd --key UID_MAX=65532 --uid 65532 --gid 65532 --home-dir /nonexistent --no-create-home --shell /usr/sbin/nologin headrace \
     && install --directory --owner=65532 --group=65532 /models /var/cache/headrace
 COPY --from=dependencies /opt/venv /opt/venv
 COPY --from=application /opt/headrace /opt/headrace
 
 # Inside a container loopback reaches nobody: every address, and what is published decides who gets there.
-# What is kept between starts is below /var/cache/headrace: mount something there to keep it, or where the root is read-only.
+# What is kept between starts is below /var/cache/headrace: mount something there to keep it, or where the root is read-only. The native
+# transport has its sockets in /tmp, which has to be one that can be written to.
 # ORT_DISABLE_TELEMETRY: ONNX Runtime's Linux wheels otherwise keep a database in the home directory and report to its makers.
 ENV PATH=/opt/headrace/bin:/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -59,8 +60,7 @@ ENV PATH=/opt/headrace/bin:/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbi
     HEADRACE_MODELS=/models \
     HEADRACE_GRPC=0.0.0.0:8001 \
     HEADRACE_HTTP=0.0.0.0:8002 \
-    XDG_CACHE_HOME=/var/cache/headrace \
-    HEADRACE_CACHE_DIRECTORY=/var/cache/headrace/models
+    XDG_CACHE_HOME=/var/cache
 
 ARG VERSION=0
 ARG REVISION=unknown

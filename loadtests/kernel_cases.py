@@ -29,8 +29,9 @@ def numbers(generator: np.random.Generator, shape: tuple[int, ...], datatype: st
 
 def same(result: Array, expected: Array, datatype: str) -> None:
     """Equal element by element; all NaN are one, whatever their bits."""
-    as_numbers = [cast(one, datatype, "float32") if datatype == "bfloat16" else one for one in (result, expected)]
-    np.testing.assert_array_equal(*as_numbers)
+    if datatype == "bfloat16":
+        result, expected = cast(result, datatype, "float32"), cast(expected, datatype, "float32")
+    np.testing.assert_array_equal(result, expected)
 
 
 def slab_of(generator: np.random.Generator, rows: list[Array], alignment: int) -> tuple[Array, list[int]]:
@@ -49,7 +50,7 @@ def slab_of(generator: np.random.Generator, rows: list[Array], alignment: int) -
 
 def normalized(images: Array, how: Normalize) -> Array:
     """What `how` asks for, in fp64 and before the last rounding; the resize by its sentence, a weight for every pair of pixels."""
-    values = images.astype(np.float64)
+    values: Array = images.astype(np.float64)
     if how.size is not None:
         down, across = (triangle(to, size, how.antialias) for to, size in zip(how.size, images.shape[1:3], strict=True))
         values = np.einsum("yi,xj,nijc->nyxc", down, across, values)
@@ -64,9 +65,10 @@ def triangle(to: int, size: int, antialias: bool) -> Array:
     scale = size / to
     width = max(scale, 1.0) if antialias else 1.0
     centres = (np.arange(to) + 0.5) * scale
-    weights = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres[:, None]) / width)
+    weights: Array = np.maximum(0, 1 - np.abs(np.arange(size) + 0.5 - centres[:, None]) / width)
     # Without antialias a centre beyond the outermost ones has one neighbour: the edge.
-    return weights / weights.sum(axis=1, keepdims=True)
+    weights /= weights.sum(axis=1, keepdims=True)
+    return weights
 
 
 def near(result: Array, expected: Array, datatype: str, tolerance: float) -> None:

@@ -48,14 +48,12 @@ def lint(name: str) -> list[str]:
 
 
 def report(name: str, built: Built, *, is_compressing: bool) -> dict[str, object]:
-    rows = []
-    for layer in built.layers:
-        rows.append({"layer": layer.what, "bytes": size(layer.folder), "compressed": layer.compressed() if is_compressing else None})
-        print(f"  {rows[-1]['bytes'] / 1e6:9.1f} MB {(rows[-1]['compressed'] or 0) / 1e6:9.1f} MB  {layer.what[:100]}")
-    total = sum(int(row["bytes"]) for row in rows)
-    compressed = sum(int(row["compressed"] or 0) for row in rows)
-    print(f"  {total / 1e6:9.1f} MB {compressed / 1e6:9.1f} MB  {name}, of at most {BUDGETS[name] / 1e6:.0f} MB")
-    return {"image": name, "bytes": total, "compressed": compressed, "layers": rows}
+    rows = [(layer.what, size(layer.folder), layer.compressed() if is_compressing else 0) for layer in built.layers]
+    total, compressed = sum(row[1] for row in rows), sum(row[2] for row in rows)
+    for what, amount, packed in [*rows, (f"{name}, of at most {BUDGETS[name] / 1e6:.0f} MB", total, compressed)]:
+        print(f"  {amount / 1e6:9.1f} MB {packed / 1e6:9.1f} MB  {what[:100]}")
+    layers = [{"layer": what, "bytes": amount, "compressed": packed} for what, amount, packed in rows]
+    return {"image": name, "bytes": total, "compressed": compressed, "layers": layers}
 
 
 def components(tree: Path, least: float = 1e6) -> dict[str, int]:

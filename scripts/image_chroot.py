@@ -74,10 +74,14 @@ class Layer:
 
     def compressed(self) -> int:
         """As a registry keeps it: tar, gzip."""
-        with subprocess.Popen(["tar", "--create", "--directory", self.folder, "."], stdout=subprocess.PIPE) as tar:
-            with subprocess.Popen(["gzip", "-6"], stdin=tar.stdout, stdout=subprocess.PIPE) as gzip:
-                assert gzip.stdout is not None
-                return sum(len(piece) for piece in iter(lambda: gzip.stdout.read(1 << 20), b""))
+        archive = ["tar", "--create", "--directory", str(self.folder), "."]
+        with (
+            subprocess.Popen(archive, stdout=subprocess.PIPE) as tar,
+            subprocess.Popen(["gzip", "-6"], stdin=tar.stdout, stdout=subprocess.PIPE) as gzip,
+        ):
+            out = gzip.stdout
+            assert out is not None
+            return sum(len(piece) for piece in iter(lambda: out.read(1 << 20), b""))
 
 
 @dataclass
@@ -140,7 +144,10 @@ class Builder:
             _mount("overlay", merged, "-t", "overlay", "-o", f"lowerdir={lower},upperdir={folder / 'tree'},workdir={folder / 'work'}")
             try:
                 print(f"  {stage.name or 'final'}: {instruction.keyword} {re.sub(' +', ' ', instruction.text)[:110]}", flush=True)
-                self._run(merged, instruction, known) if instruction.keyword == "RUN" else self._copy(merged, instruction)
+                if instruction.keyword == "RUN":
+                    self._run(merged, instruction, known)
+                else:
+                    self._copy(merged, instruction)
             finally:
                 unmount_below(merged)
             built.layers.append(Layer(f"{instruction.keyword} {instruction.text}", folder / "tree"))
@@ -169,10 +176,7 @@ class Builder:
     def _copy(self, root: Path, instruction: Instruction) -> None:
         *sources, target = instruction.text.split()
         origin = instruction.flags.get("from")
-        if origin is None:
-            top = self._context
-        else:
-            top = self._built[origin].mount(self._work / f"from{self._count:02}")
+        top = self._context if origin is None else self._built[origin].mount(self._work / f"from{self._count:02}")
         place = root / target.strip("/")
         is_folder = target.endswith("/") or len(sources) > 1
         for source in sources:

@@ -1,4 +1,4 @@
-"""Runs an image's tree as `docker run --read-only --cap-drop ALL --network none --volume examples:/models:ro` would, and asks it."""
+"""Runs an image's tree as `docker run --read-only --tmpfs /tmp --cap-drop ALL --network none --volume DIR:/models:ro` would."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ STOPS_WITHIN = 40.0
 
 
 def run_image(file: Dockerfile, environment: Mapping[str, str], tree: Path, examples: Path, python: Path) -> dict[str, object]:
-    """What was seen. `python` has tritonclient, of examples/client.py. Raises SystemExit for the first thing that is not as it should be."""
+    """What was seen. `python` has tritonclient, for examples/client.py. Raises SystemExit for what is not as it should be."""
     container = Container(file, environment, tree, examples / "models")
     try:
         began = time.monotonic()
@@ -29,30 +29,65 @@ def run_image(file: Dockerfile, environment: Mapping[str, str], tree: Path, exam
         began = time.monotonic()
         text = container.probe().stdout.strip()
         took = time.monotonic() - began
-        if (by_grpc := container.run(["headrace", "health", "--grpc", "127.0.0.1:8001"])).returncode:
-            raise SystemExit(f"expected health over gRPC, got {by_grpc.stderr.strip()!r}")
-        if container.run(["headrace", "health", "--http", "127.0.0.1:9"]).returncode != 1:
-            raise SystemExit("expected exit code 1 of a health check that nobody answers")
-        client = subprocess.run([*container.enter("--net"), python, examples / "client.py"], capture_output=True, text=True, check=False)
-        print(*(f"  client: {line.strip()}" for line in client.stdout.splitlines()), sep="\n")
-        if client.returncode:
-            raise SystemExit(f"expected answers of the example models, got {client.stderr.strip()[-2000:]!r}")
-        if container.run(["python3", "-c", "open('/opt/headrace/x', 'w')"]).returncode == 0:
-            raise SystemExit("expected a root that cannot be written to")
+        container.expect(0, "headrace", "health", "--grpc", "127.0.0.1:8001")
+        container.expect(1, "headrace", "health", "--http", "127.0.0.1:9")
+        container.expect(1, "python3", "-c", "open('/opt/headrace/x', 'w')")  # the root cannot be written to
+        _ask(container, examples, python)
+        found = _check_gpu(container) if "NVIDIA_VISIBLE_DEVICES" in environment else {}
         status = Path(f"/proc/{container.pid}/status").read_text(encoding="utf-8")
         facts = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
         began = time.monotonic()
-        code = container.stop()
+        if code := container.stop():
+            raise SystemExit(f"expected exit code 0 after SIGTERM, got {code}")
     finally:
         container.kill()
-    if code:
-        raise SystemExit(f"expected exit code 0 after SIGTERM, got {code}")
     seen: dict[str, object] = {
         "ready_s": round(ready, 2), "probe": text, "probe_s": round(took, 2), "uid": facts["Uid"].split()[0],
-        "capabilities": facts["CapEff"], "resident_kB": facts["VmRSS"].split()[0], "stop_s": round(time.monotonic() - began, 2),
+        "capabilities": facts["CapEff"], "resident_kB": facts["VmRSS"].split()[0], "stop_s": round(time.monotonic() - began, 2), **found,
     }  # fmt: skip
     print(f"  ran: {json.dumps(seen)}", flush=True)
     return seen
+
+
+def _ask(container: Container, examples: Path, python: Path) -> None:
+    client = subprocess.run([*container.enter("--net"), python, examples / "client.py"], capture_output=True, text=True, check=False)
+    print(*(f"  client: {line.strip()}" for line in client.stdout.splitlines()), sep="\n")
+    if client.returncode:
+        raise SystemExit(f"expected answers of the example models, got {client.stderr.strip()[-2000:]!r}")
+
+
+LIBRARIES = """
+import ctypes, glob, json, sys
+loaded, failed = [], {}
+for path in sorted(glob.glob('/opt/venv/lib/python3*/site-packages/nvidia/*/lib/*.so.*')):
+    try:
+        ctypes.CDLL(path)
+        loaded.append(path)
+    except OSError as error:
+        failed[path.rpartition('/')[2]] = str(error)
+print(json.dumps([len(loaded), failed]))
+"""
+COMPILE = """
+from cuda.core import Program, ProgramOptions
+code = Program('extern "C" __global__ void k(float* x) { x[threadIdx.x] = 1.0f; }', 'c++', ProgramOptions(arch='sm_90')).compile('cubin')
+print(len(code.code))
+"""
+FATBIN = "from headrace_kernels.build import fatbin_path; print(fatbin_path().stat().st_size)"
+
+
+def _check_gpu(container: Container) -> dict[str, object]:
+    """What of CUDA can be seen without a GPU: libraries are found by name and load, NVRTC compiles, the kernels' fatbin is where it is
+    looked for. The driver's libcuda.so.1 is all that may be missing: it comes with the host."""
+    provider = "ldd /opt/venv/lib/python3*/site-packages/onnxruntime/capi/libonnxruntime_providers_cuda.so"
+    missing = [line.split()[0] for line in container.expect(0, "sh", "-c", provider).splitlines() if "not found" in line]
+    if missing != ["libcuda.so.1"]:
+        raise SystemExit(f"expected ONNX Runtime's CUDA library to lack libcuda.so.1 alone, got {missing}")
+    loaded, failed = json.loads(container.expect(0, "python3", "-c", LIBRARIES))
+    if wrong := {name: error for name, error in failed.items() if "libcuda.so.1" not in error and "rdma" not in name}:
+        raise SystemExit(f"expected CUDA's libraries to load, got {wrong}")
+    cubin = int(container.expect(0, "python3", "-c", COMPILE))
+    fatbin = int(container.expect(0, "python3", "-c", FATBIN))
+    return {"cuda_libraries_loaded": loaded, "need_the_driver": sorted(failed), "nvrtc_cubin_bytes": cubin, "fatbin_bytes": fatbin}
 
 
 class Container:
@@ -66,6 +101,7 @@ class Container:
         assert user is not None
         self._uid, _, self._gid = user.text.partition(":")
         mount_devices(tree)
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", tree / "tmp"], check=True)
         subprocess.run(["mount", "--bind", "--read-only", models, tree / "models"], check=True)
         script = f'ip link set lo up && mount -t proc proc "{tree}/proc" && mount -t sysfs -o ro sys "{tree}/sys" && exec "$@"'
         namespaces = ["unshare", "--net", "--pid", "--ipc", "--fork", "--kill-child", "sh", "-c", script, "sh"]
@@ -99,6 +135,15 @@ class Container:
         words = [*self.enter("--net", "--pid", "--ipc"), *self._as_user(command)]
         return subprocess.run(words, capture_output=True, text=True, check=False)
 
+    def expect(self, code: int, *command: str) -> str:
+        """Its standard output. Raises SystemExit when it ends with another exit code."""
+        done = self.run(command)
+        if done.returncode != code:
+            raise SystemExit(
+                f"expected exit code {code} of {command}, got {done.returncode}: {(done.stdout + done.stderr).strip()[-2000:]}"
+            )
+        return done.stdout
+
     def probe(self) -> subprocess.CompletedProcess[str]:
         """The image's HEALTHCHECK."""
         health = self._file.final.last("HEALTHCHECK")
@@ -114,5 +159,5 @@ class Container:
         if self.process.poll() is None:
             self.process.kill()  # its child goes with it (--kill-child)
             self.process.wait()
-        for name in ("proc", "sys", "dev", "models"):
+        for name in ("proc", "sys", "dev", "tmp", "models"):
             unmount_below(self._tree / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,10 +18,23 @@ class DeviceBackend(FakeBackend):
     broken: ClassVar[set[str]]
     lost_batches: ClassVar[list[int]]
     """Rows of each batch that failed for it, without those of a warm-up."""
+    closed: ClassVar[threading.Condition]
 
     @classmethod
     def make_on(cls, *names: str, **body: Any) -> type[DeviceBackend]:
-        return type("DeviceBackend", (cls,), {"live": [], "broken": set(), "lost_batches": [], "names": names, **body})
+        state = {"live": [], "broken": set(), "lost_batches": [], "names": names, **body}
+        return type("DeviceBackend", (cls,), {"closed": threading.Condition(), **state})
+
+    @classmethod
+    def wait_for_live(cls, *devices: str) -> None:
+        """Until those are the devices of all instances that are not closed. Blocks. Raises AssertionError."""
+        with cls.closed:
+            assert cls.closed.wait_for(lambda: {each.device for each in cls.live} == set(devices), 10), cls.live
+
+    def close(self) -> None:
+        super().close()
+        with self.closed:
+            self.closed.notify_all()
 
     @classmethod
     def devices(cls, device: str) -> Sequence[DeviceSpace]:

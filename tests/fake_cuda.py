@@ -7,7 +7,7 @@ that the calls of Gpu are right, nor anything of time.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -129,7 +129,7 @@ class HostBackend(OnnxRuntimeCudaBackend):
     def _make_providers(self, ordinal: int, stream: int) -> list[Provider]:
         return ["CPUExecutionProvider"]
 
-    def _read_on_host(self) -> frozenset[str]:
+    def _read_on_host(self, inputs: Sequence[str]) -> frozenset[str]:
         return frozenset()
 
 

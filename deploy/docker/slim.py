@@ -30,8 +30,8 @@ GPU = (
     ("nvidia/*/include", "headers"),
     ("nvidia/cu13/lib/libcufftw.so.*", "cuFFT for programs written for FFTW"),
 )
-"""cuDNN's parts all stay: it loads them as operators need them, and its documentation wants all of them but for a library that compiles
-every kernel at run time. So does nvJitLink, which cuFFT loads."""
+"""cuDNN's parts all stay: libcudnn and libcudnn_graph load them by name as operators need them, and its documentation knows no
+smaller set that keeps its compiled kernels. NVRTC and nvJitLink stay too: ONNX Runtime, cuBLASLt, cuFFT and cuDNN load them by name."""
 
 
 DEBUGGED = ("uvloop", "aiohttp", "msgpack", "multidict", "yarl", "frozenlist", "propcache")
@@ -54,7 +54,10 @@ def remove(site_packages: Path, pattern: str) -> int:
     freed = 0
     for path in found:
         freed += size(path)
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)  # gone already with a folder above that matched too
     if not found:
         raise SystemExit(f"slim: expected something at {site_packages / pattern}, found nothing; has a package moved its files?")
     return freed

@@ -19,7 +19,8 @@ from headrace_kernels.normalize import Normalize
 from headrace_kernels.sources import CHANNELS, DATATYPES, FLOATS
 
 if TYPE_CHECKING:
-    from cuda.core import GraphBuilder, LaunchConfig, Stream
+    from cuda.core import LaunchConfig, Stream
+    from cuda.core.graph import GraphBuilder
 
 
 class Kernels:

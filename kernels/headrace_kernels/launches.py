@@ -79,16 +79,20 @@ def normalize(
         return ()
     layout = f"{normalize.layout.lower()}_{normalize.datatype}_{channels}"
     factors, terms = coefficients(normalize, channels)
-    constants = (*map(ctypes.c_float, factors), *map(ctypes.c_float, terms), ctypes.c_int(normalize.reverse_channels))
+    constants: tuple[Argument, ...] = (*_floats(factors), *_floats(terms), ctypes.c_int(normalize.reverse_channels))
     lines, pixels = min(rows, MOST_LINES), to_height * to_width
     if (to_height, to_width) == (height, width):
         sizes: tuple[Argument, ...] = (ctypes.c_longlong(rows), ctypes.c_longlong(pixels))
         kernel, grid = f"normalize_{layout}", (_parts(pixels, TILE), lines)
     else:
-        numbers = (to_height, to_width, height, width, int(normalize.antialias))
-        sizes = (ctypes.c_longlong(rows), *map(ctypes.c_int, numbers))
+        numbers = [ctypes.c_int(number) for number in (to_height, to_width, height, width, normalize.antialias)]
+        sizes = (ctypes.c_longlong(rows), *numbers)
         kernel, grid = f"resize_{layout}", (_parts(pixels, NORMALIZE_THREADS), lines)
     return (Launch(kernel, grid, (NORMALIZE_THREADS, 1), (images, table, into, *sizes, *constants)),)
+
+
+def _floats(numbers: list[float]) -> list[ctypes.c_float]:
+    return [ctypes.c_float(number) for number in numbers]
 
 
 def coefficients(normalize: Normalize, channels: int) -> tuple[list[float], list[float]]:

@@ -129,6 +129,6 @@ async def test_without_another_instance_the_model_is_unavailable_and_the_others_
             [{"model": "m", "version": "1", "state": "UNAVAILABLE", "reason": f"cuda:0: {REASON}"}],
         )
         _, metrics = await asyncio.to_thread(read, server.http_address, "/metrics")
-        await until(lambda: not [each for each in backend.live if each.device == "cuda:0"])
+        await asyncio.to_thread(backend.wait_for_live, "cpu")
     assert 'headrace_version_state{model="m",version="1",state="failed"} 1' in metrics
     assert 'headrace_device_lost{device="cuda:0"} 1.0' in metrics

@@ -70,6 +70,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.backends.onnxruntime_session",
         "headrace.backends.onnxruntime_options",
         "headrace.backends.onnxruntime_providers",
+        "headrace.backends.onnxruntime_runs",
         "headrace.backends.tensorrt_api",
         "headrace.backends.tensorrt_profiles",
         "headrace.backends.tensorrt_options",

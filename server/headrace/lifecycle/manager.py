@@ -328,6 +328,7 @@ class ModelManager:
                 fields = {"device": device, "instances": str(len(gone))}
                 self.event_log.record("device_lost", each.model, each.version, reason=str(error), fields=fields)
                 each.take_out(gone, error)
+        self._notify()
 
     def _unloaded(self, version: ModelVersion) -> None:
         self._left_behind = [each for each in [*self._left_behind, version] if each.is_busy]

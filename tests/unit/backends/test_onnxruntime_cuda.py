@@ -15,7 +15,8 @@ from fake_cuda import HostBackend, NumpyKernels
 from headrace.backends import onnxruntime_cuda
 from headrace.backends.base import DeviceArray, Expected
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
-from headrace.backends.onnxruntime_cuda import KEPT_PLANS, OnnxRuntimeCudaBackend
+from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
+from headrace.backends.onnxruntime_runs import KEPT_PLANS
 from headrace.backends.onnxruntime_session import Provider
 from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
@@ -161,6 +162,20 @@ def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -
         backend.launch({"a": np.ones((2, 3), np.float32)}, None)
 
 
+def test_what_was_staged_is_not_overwritten_by_what_is_lent(tmp_path: Path) -> None:
+    backend = load(
+        onnx_models.parse("g (float[N,1] a, float[N,1] b, float[N,1] c) => (float[N,3] y) { y = Concat<axis=1>(a, b, c) }"), tmp_path
+    )
+    theirs = np.ones((70, 1), np.float32)
+    for _ in range(3):
+        staged = backend.stage({"b": (70, 1), "c": (70, 1)})
+        staged["b"][...], staged["c"][...] = 2, 3
+        backend.lend({"a": DeviceArray("cuda:0", theirs.ctypes.data, (70, 1), theirs.dtype, theirs)})
+        pending = backend.launch(staged, None)
+        np.testing.assert_array_equal(pending.wait()[0], np.tile([1, 2, 3], (70, 1)))
+        pending.release()
+
+
 def test_a_larger_batch_moves_the_buffers_and_is_right(tmp_path: Path) -> None:
     backend = load(onnx_models.identity(), tmp_path)
     for rows in (1, 1, 9000, 9000, 9000, 1, 1):
@@ -187,6 +202,24 @@ def test_outputs_whose_shape_depends_on_values(tmp_path: Path) -> None:
     for values, expected in (([0, 1, 1], [1, 2]), ([1, 1, 1], [0, 1, 2]), ([0, 0, 1], [2]), ([0, 0, 0], []), ([5, 0, 1], [0, 2])):
         (result,) = backend.execute({"x": np.array(values, np.float32)}, None)
         assert result.tolist() == [expected]
+
+
+def test_outputs_of_the_runtime_live_until_they_are_copied_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    backend = load(onnx_models.identity(), tmp_path)
+    bindings: list[weakref.ref[object]] = []
+    make = backend._session.io_binding
+
+    def watched() -> object:
+        binding = make()
+        bindings.append(weakref.ref(binding))
+        return binding
+
+    monkeypatch.setattr(backend._session, "io_binding", watched)
+    pending = backend.launch({"x": np.ones((2, 4), np.float32)}, None)
+    assert bindings[0]() is not None, "the copy has not been waited for"
+    assert (pending.wait()[0] == 1).all()
+    pending.release()
+    assert bindings[0]() is None
 
 
 def test_strings_run_as_on_the_cpu(tmp_path: Path) -> None:
@@ -374,16 +407,14 @@ def test_each_shape_of_the_warm_up_gets_a_graph_in_each_lane(tmp_path: Path) -> 
     for rows in range(3, 200):  # more shapes than bindings are kept for
         for _ in range(3):
             backend.launch({"x": np.ones((rows, 4), np.float32)}, None).release()
-    assert [len(plans) for plans in backend._plans] == [KEPT_PLANS, KEPT_PLANS]
-    ids = [
-        plan.options.get_run_config_entry("gpu_graph_id")
-        for plans in backend._plans
-        for key, plan in plans.items()
-        if key in backend._graphs
-    ]
+    runs = backend._runs
+    assert runs is not None
+    assert runs._graphs is not None
+    assert [len(plans) for plans in runs._plans] == [KEPT_PLANS, KEPT_PLANS]
+    ids = [plan.options.get_run_config_entry("gpu_graph_id") for plans in runs._plans for key, plan in plans.items() if key in runs._graphs]
     assert sorted(ids) == ["1", "2", "3", "4"]
-    assert backend._queued.get_run_config_entry("gpu_graph_id") == "-1"
-    assert backend._queued.get_run_config_entry("disable_synchronize_execution_providers") == "1"
+    assert runs._queued.get_run_config_entry("gpu_graph_id") == "-1"
+    assert runs._queued.get_run_config_entry("disable_synchronize_execution_providers") == "1"
 
 
 def test_a_provider_that_cannot_be_loaded_is_named_with_its_library() -> None:

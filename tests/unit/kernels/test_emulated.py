@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from emulated_kernels import EmulatedMachine, Emulator
+from headrace_kernels import launches
 
 from loadtests.kernel_checks import all_checks
 
@@ -33,6 +34,14 @@ def test_kernel_with_barriers_is_its_definition_forward_and_backward(
     emulator: Emulator, generator: np.random.Generator, name: str, order: int
 ) -> None:
     CHECKS[name](EmulatedMachine(emulator, order), generator)
+
+
+@pytest.mark.parametrize("name", ["gather float32 to float16", "normalize from a slab", "normalize smaller, NCHW float32"])
+def test_more_rows_than_a_grid_has_lines(
+    emulator: Emulator, generator: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(launches, "MOST_LINES", 2)
+    CHECKS[name](EmulatedMachine(emulator, int(generator.integers(0, 1000))), generator)
 
 
 def test_a_launch_with_too_few_threads_is_seen(emulator: Emulator, generator: np.random.Generator) -> None:

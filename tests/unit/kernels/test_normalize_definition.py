@@ -86,6 +86,17 @@ def test_no_product_is_large_enough_to_wake_the_threads_of_the_library(monkeypat
     assert max(sizes) <= resize.MOST_PRODUCTS
 
 
+@pytest.mark.parametrize("sides", [(1, 100_000), (100_000, 1)])
+def test_what_lies_between_the_axes_is_no_larger_than_it_must_be(monkeypatch: pytest.MonkeyPatch, sides: tuple[int, int]) -> None:
+    class Scratch:
+        def take(self, size: int) -> Array:
+            assert size <= 3 * 224 * 100
+            return np.empty((2, size), np.float32)
+
+    monkeypatch.setattr(resize, "_scratch", Scratch())
+    assert resized(images(1, *sides, 3), (224, 224)).shape == (1, 224, 224, 3)
+
+
 # -- values ----------------------------------------------------------------------------------------------------------------
 
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -141,12 +152,15 @@ def bf16_numbers() -> Array:
 
 
 @pytest.mark.parametrize(("datatype", "numbers"), [("float16", fp16_numbers()), ("bfloat16", bf16_numbers())])
-@pytest.mark.parametrize(("scale", "deviation"), [(1 / 255, 0.3), (0.0123, 0.2), (300.0, 0.3), (-1e30, 1e-9), (257 / 256, 1.0)])
-def test_narrow_types_are_rounded_to_the_nearest_even(datatype: Any, numbers: Array, scale: float, deviation: float) -> None:
-    batch = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1)
-    with np.errstate(over="ignore"):
-        wide = Normalize(scale=scale, mean=(0.5,), deviation=(deviation,))(batch).ravel()
-    found = Normalize(scale=scale, mean=(0.5,), deviation=(deviation,), datatype=datatype)(batch).ravel().view(np.uint16)
+@pytest.mark.parametrize(
+    ("scale", "mean", "deviation"),
+    [(1 / 255, 0.5, 0.3), (0.0123, 0.5, 0.2), (300.0, 0.5, 0.3), (-1e30, 0.0, 1e-9), (257 / 256, 0.0, 1.0), (-2049 / 2048, 0.0, 1.0)],
+)
+def test_narrow_types_are_rounded_to_the_nearest_even(datatype: Any, numbers: Array, scale: float, mean: float, deviation: float) -> None:
+    """The last two have ties: 128.5 is between two numbers of bfloat16, and 2049/2048 between two of fp16."""
+    batch, settings = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1), {"scale": scale, "mean": (mean,), "deviation": (deviation,)}
+    wide = Normalize(**settings)(batch).ravel()
+    found = Normalize(**settings, datatype=datatype)(batch).ravel().view(np.uint16)
     expected = [nearest(abs(float(value)), numbers) | (0x8000 if value < 0 else 0) for value in wide]
     assert found.tolist() == expected
 

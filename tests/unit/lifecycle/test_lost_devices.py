@@ -100,7 +100,7 @@ async def test_of_two_instances_one_goes_on_and_the_device_takes_the_others_on_i
         (model, lost, f"{lost}: unspecified launch failure") for model in ("beside", "m")
     ]
     assert len(backend.lost_batches) == 1
-    await swap.until(lambda: {each.device for each in backend.live} == {left})
+    await asyncio.to_thread(backend.wait_for_live, left)
 
 
 async def test_without_another_device_the_version_says_why_and_models_on_the_host_serve_on(make: Make) -> None:
@@ -119,7 +119,7 @@ async def test_without_another_device_the_version_says_why_and_models_on_the_hos
     assert not swap.models.is_ready
     assert await swap.ask(model="host") == (1, 1.0)
     assert swap.events("device_lost", "failed") == [("device_lost", 1), ("failed", 1)]
-    await swap.until(lambda: not [each for each in backend.live if each.device == "cuda:0"])
+    await asyncio.to_thread(backend.wait_for_live, "cpu")
 
 
 async def test_what_waits_for_the_last_instance_is_refused_and_not_left_waiting(make: Make) -> None:
@@ -212,7 +212,7 @@ async def test_a_version_that_was_being_loaded_when_its_device_was_lost_does_not
     go_on.set()
     await swap.until(lambda: swap.index()["late:1"][0] == "UNAVAILABLE")
     assert swap.index()["late:1"][1] == "device 'cuda:0' was lost: cuda:0: unspecified launch failure"
-    assert Slow.live == []
+    await asyncio.to_thread(Slow.wait_for_live)
 
 
 async def test_the_next_version_for_a_lost_device_fails_with_what_is_to_be_done(make: Make) -> None:
