@@ -9,6 +9,7 @@ anything of kernels, builds or time. A plan is a line of JSON here.
 from __future__ import annotations
 
 import enum
+import functools
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -17,8 +18,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 import onnx
+import onnx_models
+import pytest
 from fake_cuda import FakeStream, HostGpu, NumpyKernels, at
+from headrace.backends import tensorrt, tensorrt_engine, tensorrt_plans
 from headrace.backends.tensorrt_api import Library
+from headrace.backends.tensorrt_build import Build
 
 WIDTH = 16
 STREAMS: dict[int, NumberedStream] = {}
@@ -65,6 +70,31 @@ class StreamGpu(HostGpu):
     def create_stream(self) -> Any:
         self.streams.append(NumberedStream())
         return self.streams[-1]
+
+
+class Machine:
+    """A machine with one GPU and TensorRT. Graphs are captured unless there is a `capture_error`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.gpu = StreamGpu()
+        self.tensorrt = FakeTensorRt()
+        self.graphs: list[FakeGraph] = []
+        self.capture_error: Exception | None = None
+        monkeypatch.setattr(tensorrt, "find_library", lambda: self.tensorrt.library)
+        monkeypatch.setattr(tensorrt, "open_device", lambda _name: self.gpu)
+        monkeypatch.setattr(tensorrt, "device_count", lambda: 1)
+        monkeypatch.setattr(tensorrt, "Gpu", lambda _ordinal: self.gpu)
+        monkeypatch.setattr(tensorrt_engine, "create_graph_builder", lambda: FakeGraphBuilder(self.graphs, self.capture_error))
+        monkeypatch.setattr(tensorrt_plans, "describe_device", lambda _gpu: tensorrt_plans.Device("Fake", "9.0", 13))
+        monkeypatch.setattr(tensorrt_plans, "Build", functools.partial(Build, command=COMMAND))
+
+
+def scaling(weight: float) -> onnx.ModelProto:
+    """y = x * w, as an ONNX model."""
+    weights = onnx.numpy_helper.from_array(np.full(WIDTH, weight, np.float32), "w")
+    model = onnx_models.parse(f"g (float[N,{WIDTH}] x) => (float[N,{WIDTH}] y) {{ y = Mul(x, w) }}")
+    model.graph.initializer.append(weights)
+    return model
 
 
 # -- CUDA graphs -------------------------------------------------------------------------------------------------------
@@ -282,6 +312,9 @@ class FakeTensorRt:
 
     def say(self, severity: Severity, message: str) -> None:
         self.library.logger.log(severity, message)
+
+    def init_libnvinfer_plugins(self, logger: object, namespace: str) -> bool:
+        return "init_libnvinfer_plugins" not in self.errors
 
     def Runtime(self, logger: object) -> Any:  # noqa: N802  # as theirs
         owner = self

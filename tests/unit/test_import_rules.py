@@ -81,6 +81,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.backends.tensorrt_refit",
         "headrace.backends.tensorrt_plans",
         "headrace.backends.tensorrt_wiring",
+        "headrace.backends.tensorrt_fit",
     ),
     (
         "headrace.sources.cache",

@@ -9,29 +9,29 @@ Input-consumed events are not used: each lane has input memory of its own, which
 
 from __future__ import annotations
 
-import dataclasses
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from headrace.backends.base import Array, ArtifactSignature, DeviceSpace, Expected, Pending, PipelinedBackend
+from headrace.backends.base import Array, ArtifactSignature, DeviceArray, DeviceSpace, Expected, Pending, PipelinedBackend
 from headrace.backends.cuda import CudaError, Gpu, device_count, device_error, open_device
-from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Place
-from headrace.backends.cuda_processing import DeviceProcessing, load_kernels
+from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place
+from headrace.backends.cuda_processing import DeviceProcessing, can_run, load_kernels
 from headrace.backends.onnx_graph import graph_digest
 from headrace.backends.onnxruntime_options import inspection_options
 from headrace.backends.onnxruntime_session import open_session, signature_of
 from headrace.backends.processing import Processing
 from headrace.backends.tensorrt_api import Library, find_library
 from headrace.backends.tensorrt_engine import Bound, Engine, LaneContexts
+from headrace.backends.tensorrt_fit import check_covered, check_same, expect_nothing, graph_sizes, inputs_of
 from headrace.backends.tensorrt_options import Options, parse_options
 from headrace.backends.tensorrt_plans import ModelPlans, read_plan
 from headrace.backends.tensorrt_wiring import Wiring, lay_out_inputs, model_shapes, wire
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, HeadraceError, LoadError
-from headrace.signature import Shape, Signature, TensorSpec, format_shape
+from headrace.signature import Shape
 from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
@@ -50,6 +50,7 @@ class TensorRtBackend(PipelinedBackend):
     name = "tensorrt"
     default_filename = "model.plan"
     platform = "tensorrt_plan"
+    accepts_device_inputs = True
 
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         super().__init__(path, instance)
@@ -69,6 +70,7 @@ class TensorRtBackend(PipelinedBackend):
         self._wirings: list[dict[tuple[tuple[str, Shape], ...], Wiring]] = []
         self._artifact = ArtifactSignature((), ())
         self._visible: list[str] = []
+        self._lent: Mapping[str, DeviceArray] = {}
         self._uses_graphs = True
 
     def __repr__(self) -> str:
@@ -124,6 +126,8 @@ class TensorRtBackend(PipelinedBackend):
         self._expected = expected
 
     def adopt(self, processing: Processing) -> bool:
+        if self._expected is not None and not can_run(processing, self._expected.artifact):
+            return False
         self._processing = processing
         return True
 
@@ -161,15 +165,15 @@ class TensorRtBackend(PipelinedBackend):
     def _load_engine(self, library: Library, gpu: Gpu, options: Options) -> Engine:
         is_signed = self._expected is not None and self._expected.is_signed
         self.check_trusted(self.path, self.instance, is_signed=is_signed)
-        expected = self._expected or _expect_nothing(self.inspect(self.path))
+        expected = self._expected or expect_nothing(self.inspect(self.path))
         if is_onnx(self.path):
             self._plans = ModelPlans(self.path, library, gpu, options, self._cancelled)
-            engine = self._plans.load(_inputs_of(expected, self._processing), expected.signature.max_batch_size, expected.allowed)
+            engine = self._plans.load(inputs_of(expected, self._processing), expected.signature.max_batch_size, expected.allowed)
         else:
             with read_plan(self.path) as plan:
                 engine = Engine(library, plan, self._place, allow_host_code=True)
-        _check_same(self._place, expected.artifact, engine.signature)
-        _check_covered(engine, expected)
+        check_same(self._place, expected.artifact, engine.signature)
+        check_covered(engine, expected)
         return engine
 
     def _prepare(self, engine: Engine, gpu: Gpu, options: Options) -> None:
@@ -192,7 +196,7 @@ class TensorRtBackend(PipelinedBackend):
         expected = self._expected
         if expected is None or not expected.signature.max_batch_size:
             return True
-        sizes = _graph_sizes(expected)
+        sizes = graph_sizes(expected)
         return all(bool(shape) and shape[0] in sizes for shape in shapes.values())
 
     # -- batches
@@ -217,30 +221,34 @@ class TensorRtBackend(PipelinedBackend):
             return {}  # `launch` says what is wrong with it
         return {name: lane.inputs.array(place) for name, place in layout.places.items()}
 
+    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
+        self._lent = inputs
+
     def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
         assert self._lanes is not None, "load() comes before launch()"
+        lent, self._lent = self._lent, {}
         lane = self._lanes.take()
         try:
             lane.gpu.make_current()
-            arrays = self._queue(lane, inputs, outputs)
+            arrays = self._queue(lane, inputs, lent, outputs)
         except BackendError as error:
             failure = error.with_traceback(None)
         except Exception as error:  # CUDA's errors have no common base with ours
             failure = device_error(self._place, error)
         else:
-            return Completion(self._place, self._lanes, lane, arrays)
+            return Completion(self._place, self._lanes, lane, arrays, lent)
         self._lanes.give_back_failed(lane)
         raise failure
 
-    def _queue(self, lane: Lane, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+    def _queue(
+        self, lane: Lane, inputs: Mapping[str, Array], lent: Mapping[str, DeviceArray], outputs: Sequence[str] | None
+    ) -> list[Array]:
         """Everything up to the event. Returns views of where the outputs will be."""
-        given: dict[str, Shape] = {spec.name: inputs[spec.name].shape for spec in self._artifact.inputs}
+        given = {spec.name: (lent[spec.name] if spec.name in lent else inputs[spec.name]).shape for spec in self._artifact.inputs}
         bound = self._contexts[lane.index].bind(model_shapes(given, self._device_processing))
         wiring = self._wire(bound, lane, given)
         bound.set_wiring(wiring)
-        for name, place in wiring.inputs.places.items():
-            _copy(inputs[name], lane.inputs.array(place))
-        lane.upload(wiring.inputs.size)
+        _fill(lane, wiring.inputs, inputs, lent)
         bound.run(lane.streams.compute)
         lane.download(wiring.outputs.size)
         places = {name: self._final_place(bound, name, place) for name, place in wiring.outputs.places.items()}
@@ -323,69 +331,15 @@ def _space(ordinal: int) -> DeviceSpace:
     return DeviceSpace(f"cuda:{ordinal}", gpu.memory().free)
 
 
-def _copy(source: Array, target: Array) -> None:
-    """Unless it was gathered there, into what `stage` gave."""
-    if source.__array_interface__["data"][0] != target.__array_interface__["data"][0]:
-        np.copyto(target, source)
-
-
-# -- what is expected and what is there --------------------------------------------------------------------------------
-
-
-def _expect_nothing(artifact: ArtifactSignature) -> Expected:
-    return Expected(artifact, Signature("", artifact.inputs, artifact.outputs))
-
-
-def _inputs_of(expected: Expected, processing: Processing) -> list[TensorSpec]:
-    """The model's, with the dimensions that model.toml sets: for clients who see the same tensor, or by what images are resized to."""
-    seen = {spec.name: spec for spec in expected.signature.inputs}
-    return [_narrowed(spec, seen.get(spec.name), processing) for spec in expected.artifact.inputs]
-
-
-def _narrowed(spec: TensorSpec, seen: TensorSpec | None, processing: Processing) -> TensorSpec:
-    step = processing.inputs.get(spec.name)
-    if step is not None and step.size is not None and len(spec.shape) == 4:
-        at = 2 if step.layout == "NCHW" else 1
-        return dataclasses.replace(spec, shape=(*spec.shape[:at], *step.size, *spec.shape[at + 2 :]))
-    is_same = seen is not None and (seen.datatype, len(seen.shape)) == (spec.datatype, len(spec.shape))
-    return seen if step is None and seen is not None and is_same else spec
-
-
-def _graph_sizes(expected: Expected) -> frozenset[int]:
-    """Those that the server restricts batches to, else the powers of two: others run without a graph."""
-    largest = expected.signature.max_batch_size
-    return frozenset(expected.allowed or (*(1 << power for power in range(largest.bit_length())), largest))
-
-
-def _check_same(place: str, artifact: ArtifactSignature, found: ArtifactSignature) -> None:
-    """TensorRT takes double for float and the like, and a plan may have been exchanged after it was looked at."""
-    for kind, wanted, there in (("input", artifact.inputs, found.inputs), ("output", artifact.outputs, found.outputs)):
-        by_name = {spec.name: spec for spec in there}
-        if set(by_name) != {spec.name for spec in wanted}:
-            raise LoadError(f"{place}: {kind}s: expected {_names(wanted)}, the engine has {_names(there)}")
-        for spec in wanted:
-            if by_name[spec.name].datatype is not spec.datatype:
-                raise LoadError(
-                    f"{place}: {kind} '{spec.name}': the model says {spec.datatype.value}, TensorRT makes "
-                    f"{by_name[spec.name].datatype.value} of it; cast it in the model"
-                )
-
-
-def _names(specs: Sequence[TensorSpec]) -> str:
-    return ", ".join(spec.name for spec in specs) or "none"
-
-
-def _check_covered(engine: Engine, expected: Expected) -> None:
-    """That a plan made elsewhere takes the batches that will come."""
-    largest = expected.signature.max_batch_size
-    if not largest:
-        return
-    for rows in expected.allowed or (1, largest):
-        for spec in engine.signature.inputs:
-            ranges = [profile.inputs[spec.name] for profile in engine.profiles]
-            if not any(each.minimum[0] <= rows <= each.maximum[0] for each in ranges):
-                built = ", ".join(f"{format_shape(each.minimum)} to {format_shape(each.maximum)}" for each in ranges)
-                raise LoadError(
-                    f"{engine.place}: input '{spec.name}': expected an engine that takes batches of {rows}, it was built for {built}; "
-                    "set max_batch_size or allowed_batch_sizes in model.toml to what it was built for"
-                )
+def _fill(lane: Lane, layout: Layout, inputs: Mapping[str, Array], lent: Mapping[str, DeviceArray]) -> None:
+    """Queue the upload of all inputs, but of those lent a copy on the device: graphs hold the lane's addresses."""
+    copies, end = [], 0
+    for name, place in layout.places.items():
+        if name in lent:
+            copies.append((lane.inputs.address(place), lent[name].pointer, place.size))
+            continue
+        end = place.offset + place.size
+        source, target = inputs[name], lane.inputs.array(place)
+        if source.__array_interface__["data"][0] != target.__array_interface__["data"][0]:  # not gathered into what `stage` gave
+            np.copyto(target, source)
+    lane.upload(end, copies)

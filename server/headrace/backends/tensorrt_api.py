@@ -187,6 +187,8 @@ CONSTRUCTORS = {
     "Refitter": ("engine", "logger"),
     "OnnxParserRefitter": ("refitter", "logger"),
 }
+FUNCTIONS = {"init_libnvinfer_plugins": ("logger", "namespace")}
+"""Of the full build."""
 MEMBERS = {
     "DataType": tuple(DATATYPES),
     "TensorIOMode": ("INPUT", "OUTPUT"),
@@ -228,6 +230,14 @@ class Library:
     @property
     def can_build(self) -> bool:
         return self.name == BUILDER
+
+    def register_plugins(self) -> None:
+        """TensorRT's own, which some engines and models need; other libraries' are never loaded. Lean and dispatch have none of them.
+
+        Raises LoadError. May be called again.
+        """
+        if self.can_build and not self.module.init_libnvinfer_plugins(None, ""):
+            raise LoadError(f"{self.name} {self.version} cannot register its plugins: {self.take_errors() or 'no reason given'}")
 
     def member(self, enumeration: str, name: str) -> Any:
         return getattr(getattr(self.module, enumeration), name)

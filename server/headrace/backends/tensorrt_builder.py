@@ -62,6 +62,7 @@ def build_engine(order: BuildOrder, library: Library, report: Report) -> None:
         raise LoadError(f"expected TensorRT {order.tensorrt}, found {library.version}; was it installed anew while the server ran?")
     _choose_device(order.device)
     report({"phase": "reading the model"})
+    library.register_plugins()
     builder: Builder = library.make("Builder")
     # Precisions are as the model says, which TensorRT 11 knows no other way of.
     network = builder.create_network(1 << int(library.member("NetworkDefinitionCreationFlag", "STRONGLY_TYPED")))

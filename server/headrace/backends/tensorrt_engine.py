@@ -52,6 +52,7 @@ class Engine:
         """Raises LoadError. `allow_host_code`: of version-compatible plans, which bring the code along that runs them."""
         self.library = library
         self.place = place
+        library.register_plugins()
         self._runtime = library.make("Runtime")
         self._runtime.engine_host_code_allowed = allow_host_code
         engine: ICudaEngine | None = self._runtime.deserialize_cuda_engine(plan)

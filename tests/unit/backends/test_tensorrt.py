@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import fake_tensorrt
 import numpy as np
-import onnx
 import onnx_models
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
-from fake_tensorrt import WIDTH, FakeGraph, FakeGraphBuilder, FakeTensorRt, QueuedKernels, StreamGpu, plan_of
+from fake_tensorrt import WIDTH, FakeTensorRt, QueuedKernels, plan_of, scaling
 from headrace.backends import cuda_processing, tensorrt, tensorrt_engine, tensorrt_plans
-from headrace.backends.base import ArtifactSignature, Expected
+from headrace.backends.base import ArtifactSignature, DeviceArray, Expected
 from headrace.backends.processing import Processing
 from headrace.backends.tensorrt import TensorRtBackend
+from headrace.backends.tensorrt_build import Build
 from headrace.config import InstanceConfig, SourceConfig
 from headrace.errors import BackendError, DeviceLost, LoadError
 from headrace.lifecycle.inspection import inspect
@@ -38,15 +40,10 @@ def expected(largest: int = 32, allowed: tuple[int, ...] = (), *, is_signed: boo
     return Expected(ARTIFACT, Signature("m", ARTIFACT.inputs, ARTIFACT.outputs, largest), allowed, is_signed)
 
 
-class Machine:
-    """A machine with one GPU and TensorRT. Graphs are captured unless `capture_error`."""
-
-    def __init__(self, directory: Path) -> None:
+class Machine(fake_tensorrt.Machine):
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, directory: Path) -> None:
+        super().__init__(monkeypatch)
         self.directory = directory
-        self.gpu = StreamGpu()
-        self.tensorrt = FakeTensorRt()
-        self.graphs: list[FakeGraph] = []
-        self.capture_error: Exception | None = None
 
     def plan(self, **more: Any) -> TensorRtBackend:
         path = self.directory / "m/1/model.plan"
@@ -64,23 +61,9 @@ class Machine:
         return backend
 
 
-def scaling(weight: float) -> onnx.ModelProto:
-    weights = onnx.numpy_helper.from_array(np.full(WIDTH, weight, np.float32), "w")
-    model = onnx_models.parse(f"g (float[N,{WIDTH}] x) => (float[N,{WIDTH}] y) {{ y = Mul(x, w) }}")
-    model.graph.initializer.append(weights)
-    return model
-
-
 @pytest.fixture
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Machine]:
-    machine = Machine(tmp_path)
-    monkeypatch.setattr(tensorrt, "find_library", lambda: machine.tensorrt.library)
-    monkeypatch.setattr(tensorrt, "open_device", lambda _name: machine.gpu)
-    monkeypatch.setattr(tensorrt_engine, "create_graph_builder", lambda: FakeGraphBuilder(machine.graphs, machine.capture_error))
-    monkeypatch.setattr(tensorrt_plans, "describe_device", lambda _gpu: tensorrt_plans.Device("Fake", "9.0", 13))
-    real = tensorrt_plans.Build
-    monkeypatch.setattr(tensorrt_plans, "Build", lambda order, timeout: real(order, timeout, command=fake_tensorrt.COMMAND))
-    yield machine
+    yield Machine(monkeypatch, tmp_path)
     fake_tensorrt.STREAMS.clear()
 
 
@@ -188,6 +171,18 @@ def test_what_was_gathered_into_the_lane_is_not_copied_again(machine: Machine) -
     np.testing.assert_array_equal(pending.wait()[0], np.full((3, WIDTH), 14, np.float32))
     pending.release()
     assert backend.stage({"z": (3, WIDTH)}) == {}
+
+
+def test_input_that_lies_on_the_device_is_read_there(machine: Machine) -> None:
+    backend = loaded(machine.plan())
+    for seed in range(5):
+        there = batch(4, seed)["x"]
+        machine.gpu.copied.clear()
+        backend.lend({"x": DeviceArray("cuda:0", there.ctypes.data, there.shape, there.dtype, there)})
+        [y] = backend.execute({}, None)
+        np.testing.assert_array_equal(y, there * np.float32(2))
+        assert machine.gpu.copied == [there.nbytes, y.nbytes]
+    check(backend, 4)
 
 
 def test_each_size_runs_in_the_narrowest_profile(machine: Machine) -> None:
@@ -344,6 +339,12 @@ def test_file_that_is_no_plan_is_told_with_tensorrts_reason(machine: Machine) ->
         backend.load()
 
 
+def test_plugins_that_cannot_be_registered_are_a_load_error(machine: Machine) -> None:
+    machine.tensorrt.errors["init_libnvinfer_plugins"] = ""
+    with pytest.raises(LoadError, match="cannot register its plugins"):
+        machine.plan().load()
+
+
 @pytest.mark.parametrize("content", [None, b""])
 def test_missing_or_empty_plan_is_a_load_error(machine: Machine, content: bytes | None) -> None:
     backend = machine.plan()
@@ -352,6 +353,11 @@ def test_missing_or_empty_plan_is_a_load_error(machine: Machine, content: bytes 
         backend.path.write_bytes(content)
     with pytest.raises(LoadError, match=r"filename = .model\.onnx|cannot mmap an empty file"):
         backend.load()
+
+
+def test_devices_are_those_that_the_process_sees(machine: Machine) -> None:
+    assert [space.name for space in TensorRtBackend.devices("auto")] == ["cuda:0"]
+    assert TensorRtBackend.devices("cuda:0")[0].free > 0
 
 
 def test_cpu_is_no_device_for_it(machine: Machine) -> None:
@@ -454,16 +460,11 @@ def test_interrupted_load_ends_without_an_engine(machine: Machine) -> None:
 
 def test_interrupt_kills_the_builder(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """From another thread, once the builder has said that it works."""
-    import sys
-
-    real = tensorrt_plans.Build.__closure__  # type: ignore[attr-defined]  # the fixture's
-    build = next(cell.cell_contents for cell in real if isinstance(cell.cell_contents, type))
     backend = machine.onnx()
     program = "import json, threading; print(json.dumps({'phase': 'timing'}), flush=True); threading.Event().wait()"
     command = (sys.executable, "-c", program)
-    monkeypatch.setattr(
-        tensorrt_plans, "Build", lambda order, timeout: build(order, timeout, command=command, on_progress=lambda _: backend.interrupt())
-    )
+    build = functools.partial(Build, command=command, on_progress=lambda _: backend.interrupt())
+    monkeypatch.setattr(tensorrt_plans, "Build", build)
     with pytest.raises(LoadError, match="given up while its engine was built"):
         backend.load()
 

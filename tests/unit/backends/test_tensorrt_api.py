@@ -18,7 +18,17 @@ from typing import Any
 
 import pytest
 from headrace.backends import tensorrt_api
-from headrace.backends.tensorrt_api import BASES, BUILD_CLASSES, CONSTRUCTORS, MEMBERS, MODULES, RUN_CLASSES, Library, find_library
+from headrace.backends.tensorrt_api import (
+    BASES,
+    BUILD_CLASSES,
+    CONSTRUCTORS,
+    FUNCTIONS,
+    MEMBERS,
+    MODULES,
+    RUN_CLASSES,
+    Library,
+    find_library,
+)
 from headrace.backends.tensorrt_builder import _monitor_class
 from headrace.backends.tensorrt_engine import _allocator_class
 from headrace.errors import LoadError
@@ -107,6 +117,12 @@ def test_constructors_take_what_they_are_given(module: str) -> None:
     for kind, parameters in CONSTRUCTORS.items():
         if module == MODULES[0] or kind == "Runtime":
             assert takes(getattr(real, kind).__init__, "__init__", list(parameters)), kind
+
+
+def test_functions_take_what_they_are_given() -> None:
+    real = installed(MODULES[0])
+    for name, parameters in FUNCTIONS.items():
+        assert takes(getattr(real, name), name, list(parameters)), name
 
 
 @pytest.mark.parametrize("module", MODULES)

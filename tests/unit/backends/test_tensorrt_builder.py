@@ -118,6 +118,9 @@ class TensorRt:
         self.refuses_profiles = False
         self.is_shape = False
 
+    def init_libnvinfer_plugins(self, logger: object, namespace: str) -> bool:
+        return True
+
     def Builder(self, logger: object) -> TensorRt:  # noqa: N802  # as theirs
         return self
 
