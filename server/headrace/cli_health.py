@@ -10,13 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from headrace.config import ServerConfig, check_listener
+from headrace.config import check_listener
 from headrace.config_loading import load_server_config
 from headrace.errors import ConfigError, HeadraceError
 
 READY, NOT_READY = 0, 1
 
-LOOPBACK = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
+LOOPBACK = {"0.0.0.0": "127.0.0.1", "[::]": "[::1]"}
 """Where a listener on every address is reached from its own machine."""
 
 
@@ -41,22 +41,26 @@ def run(options: argparse.Namespace) -> int:
     for name, given in (("http", options.http), ("grpc", options.grpc)):
         if given:
             check_listener(f"--{name}", given)
-    listeners = None if options.http or options.grpc else _configured()
-    http_address = _reached(options.http or (listeners.http if listeners else ""))
+    http_address, grpc_address = (options.http, options.grpc) if options.http or options.grpc else _configured()
     if http_address:
-        ready, reason = ask_http(http_address, options.timeout, is_live_enough=options.live)
+        ready, reason = ask_http(reached(http_address), options.timeout, is_live_enough=options.live)
     else:
-        ready, reason = _ask_grpc(options, _reached(options.grpc or (listeners.grpc[0] if listeners else "")))
+        ready, reason = _ask_grpc(options, reached(grpc_address))
     print(reason, file=sys.stdout if ready else sys.stderr)
     return READY if ready else NOT_READY
 
 
-def _configured() -> ServerConfig:
+def _configured() -> tuple[str, str]:
+    """The HTTP listener and the first gRPC listener. Raises ConfigError when there is none at all."""
     file = os.environ.get("HEADRACE_CONFIG")
-    return load_server_config({}, os.environ, Path(file) if file is not None else None)
+    config = load_server_config({}, os.environ, Path(file) if file is not None else None)
+    if not (config.http or config.grpc):
+        raise ConfigError("health: expected --http, --grpc or a listener in the configuration, got none")
+    return config.http, config.grpc[0] if config.grpc else ""
 
 
-def _reached(listener: str) -> str:
+def reached(listener: str) -> str:
+    """The address by which a client on the same machine reaches it."""
     host, separator, port = listener.rpartition(":")
     return listener if listener.startswith("unix:") or not separator else f"{LOOPBACK.get(host, host)}:{port}"
 

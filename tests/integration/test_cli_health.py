@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager, contextmanager
 import pytest
 from fake_models import FakeModels, FakeVersion
 from headrace import cli
+from headrace.cli_health import reached
 from headrace.http.server import HttpServer
 from headrace.telemetry.metrics import make_registry
 from served_models import Serve
@@ -94,6 +95,26 @@ async def test_a_server_that_hangs_is_given_up_after_the_timeout(capsys: Capture
 def test_wrong_use_is_exit_code_2(arguments: tuple[str, str], capsys: Capture) -> None:
     assert cli.main(("health", *arguments)) == 2
     assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("listener", "address"),
+    [
+        ("0.0.0.0:8002", "127.0.0.1:8002"),
+        ("[::]:8002", "[::1]:8002"),
+        ("10.0.0.7:1", "10.0.0.7:1"),
+        ("unix:/run/a:b.sock", "unix:/run/a:b.sock"),
+    ],
+)
+def test_a_listener_on_every_address_is_asked_by_loopback(listener: str, address: str) -> None:
+    assert reached(listener) == address
+
+
+def test_no_listener_at_all_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setenv("HEADRACE_HTTP", "")
+    monkeypatch.setenv("HEADRACE_GRPC", "")
+    assert cli.main(["health"]) == 2
+    assert "listener" in capsys.readouterr().err
 
 
 def test_a_configuration_that_the_server_refuses_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:

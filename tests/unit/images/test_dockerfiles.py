@@ -40,7 +40,7 @@ def test_lines_are_joined_and_comments_between_them_left_out() -> None:
     assert (run.text.count("&&"), "why" in run.text, run.line) == (2, False, 4)
     assert [(stage.name, stage.base) for stage in file.stages] == [("build", "debian:13.8-slim"), ("", "debian:13.8-slim")]
     assert parse(GOOD, {"BASE": "debian:13.9-slim"}).final.base == "debian:13.9-slim"
-    assert file.final.last("LABEL").pairs["org.opencontainers.image.title"] == "a b"  # type: ignore[union-attr] # it is there
+    assert file.final.last("LABEL").pairs["org.opencontainers.image.title"] == "a b"
 
 
 @pytest.mark.parametrize("text", ["RUN true\n", "FROM a:1.0\nADD x /\n", "FROM a:1.0\nRUN true \\\n", "FROM a:1.0\nRUN cat <<EOF\n", ""])

@@ -47,8 +47,8 @@ def test_the_server_takes_the_environment_of_the_image(name: str) -> None:
 @both
 def test_the_command_and_the_health_check_are_commands_of_headrace(name: str) -> None:
     final = read(name).final
-    health = json.loads(final.last("HEALTHCHECK").text.removeprefix("CMD "))  # type: ignore[union-attr] # lint has seen it
-    entry, command = final.last("ENTRYPOINT").exec_form, final.last("CMD").exec_form  # type: ignore[union-attr]
+    health = json.loads(final.last("HEALTHCHECK").text.removeprefix("CMD "))
+    entry, command = final.last("ENTRYPOINT").exec_form, final.last("CMD").exec_form
     assert entry == [health[0]] == ["headrace"]
     assert cli._parser().parse_args(command).run is cli._serve
     assert cli._parser().parse_args(health[1:]).timeout < 6, "less than the image gives it"
