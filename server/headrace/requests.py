@@ -99,7 +99,22 @@ class Destination:
         return f"Destination({self.region!r}, {self.offset}, {self.view.nbytes} bytes)"
 
 
-Destinations = tuple[Destination | None, ...]
+class TopClasses:
+    """How an output goes into the answer that its client wants as a classification: the `count` largest values, as strings with their
+    classes and those's names. `by_row`: of each row, else of the whole tensor."""
+
+    __slots__ = ("by_row", "count")
+
+    def __init__(self, count: int, by_row: bool) -> None:
+        self.count = count
+        self.by_row = by_row
+
+    def __repr__(self) -> str:
+        return f"TopClasses({self.count}, by_row={self.by_row})"
+
+
+Destinations = tuple[Destination | TopClasses | None, ...]
+"""None: into the answer, as it is."""
 
 
 class Likeness:
@@ -227,7 +242,7 @@ class Ticket:
     """One admitted request in one version's batcher, which owns it until it is settled.
 
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
-    signature's order, `destinations` in that of `outputs` (None: all go into the answer). Times are time.monotonic(): `arrived`
+    signature's order, `destinations` in that of `outputs` (None: all go into the answer as they are). Times are time.monotonic(): `arrived`
     when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
     any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it. `on_device`: some
     of its inputs are DeviceMemory.

@@ -53,6 +53,7 @@ class TensorSpec:
     """One input or output. `shape` is as on the wire, batch dimension included; -1 is any length.
 
     `max_pixels`: of images [rows, height, width, channels] whose size is free, height times width at most; 0: it is no such input.
+    `is_ranked`: it is what was taken of a row's scores, by rank, or the classes of that.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TensorSpec:
     shape: Shape
     optional: bool = False
     max_pixels: int = 0
+    is_ranked: bool = False
 
 
 class Admission(NamedTuple):

@@ -169,10 +169,12 @@ def _answers(spec: TensorSpec, step: TopK | Softmax | None) -> Iterator[TensorSp
     if step is None:
         yield spec
         return
-    shape = (spec.shape[0], step.k) if isinstance(step, TopK) else spec.shape
-    yield replace(spec, datatype=DataType.FP32, shape=shape)
-    if isinstance(step, TopK):
-        yield replace(spec, name=classes_of(spec.name), datatype=DataType.INT32, shape=shape)
+    if isinstance(step, Softmax):
+        yield replace(spec, datatype=DataType.FP32)
+        return
+    ranking = replace(spec, datatype=DataType.FP32, shape=(spec.shape[0], step.k), is_ranked=True)
+    yield ranking
+    yield replace(ranking, name=classes_of(spec.name), datatype=DataType.INT32)
 
 
 def _check_free(model: str, outputs: Sequence[TensorSpec], take: Mapping[str, TopK | Softmax]) -> None:

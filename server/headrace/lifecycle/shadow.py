@@ -24,10 +24,11 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from headrace.errors import HeadraceError
-from headrace.requests import Answer, InferRequest, Outlet, Reply
+from headrace.requests import Answer, InferRequest, Outlet, Reply, RequestedOutput
 from headrace.signature import DataType, format_shape
 from headrace.telemetry.log import get_logger
 from headrace.threads import be_patient
+from headrace.wire.classification import CLASSIFICATION, RANKABLE, decode_classes
 from headrace.wire.messages import ModelInferResponse
 from headrace.wire.tensors import decode_bytes_tensor
 
@@ -41,6 +42,8 @@ FARTHEST = 1e9
 """What counts in the sum of distances for those that are no number, since a sum with an infinity says nothing ever after."""
 _TIE = 1e-6
 """Scores closer than that, as a part of 1 + |score|, are in no order: another order of additions swaps them."""
+_ROUNDING = 0.5000001e-6
+"""Of a float in a classification, which has six decimals."""
 
 
 # -- comparison: pure ------------------------------------------------------------------------------------------------------
@@ -60,6 +63,7 @@ def compare_answers(live: bytes, shadow: bytes, tolerance: float) -> Comparison:
 
     A row of floats differs when an element is off by more than `tolerance` times 1 + |live|, or, where the output looks like
     scores of classes ([rows, more than one]), when it ranks another class first. NaN agrees with NaN, and an infinity with itself.
+    A live classification is compared with the shadow's scores of the classes that it names: see `_copy`.
     """
     try:
         old, new = _decode(live), _decode(shadow)
@@ -93,6 +97,8 @@ def _decode(message: bytes) -> dict[str, _Output]:
 
 
 def _compare_output(name: str, live: _Output, shadow: _Output, tolerance: float) -> Comparison:
+    if live.datatype is DataType.BYTES and shadow.datatype in RANKABLE:
+        return _compare_classes(name, live.array, shadow.array, tolerance)
     if live.datatype is not shadow.datatype or live.array.shape != shadow.array.shape:
         expected, got = [f"{each.datatype.value} {format_shape(each.array.shape)}" for each in (live, shadow)]
         return Comparison(False, np.inf, f"output '{name}': expected {expected}, got {got}")
@@ -122,6 +128,25 @@ def _compare_floats(name: str, live: Array, shadow: Array, tolerance: float) -> 
         if swapped:
             return Comparison(False, distance, f"output '{name}': {swapped} of {len(a)} rows rank another class first")
     return Comparison(True, distance)
+
+
+def _compare_classes(name: str, strings: Array, scores: Array, tolerance: float) -> Comparison:
+    try:
+        values, classes = decode_classes(strings)
+        rows = len(strings) if strings.ndim == 2 else 1
+        values, classes, scores = values.reshape(rows, -1), classes.reshape(rows, -1), scores.reshape(rows, -1).astype(np.float64)
+        chosen = np.take_along_axis(scores, classes, axis=1)
+    except (ValueError, IndexError) as error:
+        return Comparison(False, np.inf, f"output '{name}': expected the scores of a classification's classes: {error}")
+    # What six decimals cannot tell apart is equal.
+    found = _compare_floats(name, values, np.where(np.abs(values - chosen) <= _ROUNDING, values, chosen), tolerance)
+    if not found.agrees or not classes.size:
+        return found
+    best, first = scores.max(axis=1), chosen[:, 0]
+    swapped = int(np.count_nonzero(best - first > _TIE * (1 + np.abs(best))))
+    if swapped:
+        return Comparison(False, found.distance, f"output '{name}': {swapped} of {rows} rows rank another class first")
+    return found
 
 
 def _rank_differently(live: Array, shadow: Array) -> int:
@@ -355,6 +380,8 @@ class Shadow:
 
 
 def _copy(request: InferRequest) -> InferRequest:
-    """Tensors are shared, nobody writes to them; how long its caller would wait is nothing to the copy."""
+    """Tensors are shared, nobody writes to them; how long its caller would wait is nothing to the copy. Where the caller wants a
+    classification the copy asks for the scores: strings differ by their last decimals, and say nothing of the classes behind."""
     parameters = {name: value for name, value in request.parameters.items() if name != "timeout"}
-    return InferRequest(request.model, request.version, request.id, request.inputs, request.outputs, parameters)
+    outputs = [RequestedOutput(each.name) if CLASSIFICATION in each.parameters else each for each in request.outputs]
+    return InferRequest(request.model, request.version, request.id, request.inputs, outputs, parameters)

@@ -392,7 +392,7 @@ class ModelVersion:
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
         counters = self.counters
-        encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
+        encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs, effective.labels)
         allowed = effective.batching.allowed_batch_sizes
         table = LatencyTable(
             self.latencies,

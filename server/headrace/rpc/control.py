@@ -32,6 +32,7 @@ CUDA_EXTENSION = "cuda_shared_memory"
 """Where clients may use it."""
 
 EXTENSIONS = (
+    "classification",
     CONTROL_EXTENSION,
     "schedule_policy",
     "model_configuration",
