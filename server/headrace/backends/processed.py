@@ -109,14 +109,6 @@ class _Processed(Backend):
     def estimate_memory(cls, path: Path) -> int:
         raise TypeError("expected the class of the backend inside: it knows its artifacts")
 
-    @property
-    def device(self) -> str:
-        return self._inner.device
-
-    @property
-    def device_memory(self) -> int:
-        return self._inner.device_memory
-
     def interrupt(self) -> None:
         self._inner.interrupt()
 
