@@ -89,8 +89,10 @@ class Worker:
         self._doorbell.put(None)
 
     def stop(self) -> None:
-        """Let the thread end after its present batch and close the backend there. Returns at once; `join` waits."""
+        """Let the thread end after its present batch, or a load that can be interrupted, and close the backend there. Returns at once;
+        `join` waits."""
         self._is_stopping = True
+        self._backend.interrupt()
         self._doorbell.put(None)
 
     def join(self, timeout: float | None = None) -> bool:
