@@ -125,6 +125,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.lifecycle.recorded",
         "headrace.lifecycle.drift_subject",
         "headrace.lifecycle.inspection",
+        "headrace.lifecycle.instances",
         "headrace.lifecycle.wanted",
         "headrace.lifecycle.parts",
         "headrace.lifecycle.warm_up",

@@ -323,7 +323,7 @@ class ModelManager:
         if is_shared and self.devices.lose(device, str(error)):
             log.error("device lost", device=device, reason=str(error))
         for each in self._versions():
-            gone = each.instances_on(device) if is_shared else [worker] if each is version else []
+            gone = each.instances.on(device) if is_shared else [worker] if each is version else []
             if gone:
                 fields = {"device": device, "instances": str(len(gone))}
                 self.event_log.record("device_lost", each.model, each.version, reason=str(error), fields=fields)

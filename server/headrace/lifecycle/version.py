@@ -13,12 +13,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
-from headrace.backends.base import Backend, BackendRegistry, select_file
+from headrace.backends.base import Backend, BackendRegistry
 from headrace.backends.runner import BatchRunner
 from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
 from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
-from headrace.config import InstanceConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
@@ -29,13 +28,14 @@ from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
+from headrace.lifecycle.instances import Instances
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
-from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
+from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, has_free_dimension
 from headrace.requests import Alike, InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
@@ -49,11 +49,6 @@ log = get_logger(__name__)
 
 T = TypeVar("T")
 
-LONGEST_JOIN = 30.0
-SHORTEST_JOIN = 1.0
-"""Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
-
-
 PAUSE = 0.2
 """Seconds between looking at a version, loading it and warming it up, while another one serves: longer than most requests take, so
 that one that waits meets a part of the work and not all of it. Magika swapped every second on one saturated core, latency 120 ms
@@ -61,7 +56,7 @@ throughout: p99 while swapping 1.28 times the steady one without, 1.08-1.14 with
 
 
 class ModelVersion:
-    """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit`: any thread."""
+    """Owns one version's state, its batcher and its instances. Lives on the event loop, but for `submit`: any thread."""
 
     def __init__(
         self,
@@ -98,7 +93,6 @@ class ModelVersion:
         self._timer = timer
         self._schedule = schedule
         self._records = records.of_version(want.model, want.version, self.counters.exemplars) if records is not None else None
-        self._devices = devices
         self._drift = drift
         self._watch: DriftWatch | None = None
         self._attachments = attachments
@@ -109,10 +103,7 @@ class ModelVersion:
         self._pause = pause
         self._clock = clock
         self._batcher: Batcher | None = None
-        self._workers: list[Worker] = []
-        self._places: dict[Worker, str] = {}
-        """The device of each that serves."""
-        self._runners: list[BatchRunner] = []
+        self.instances = Instances(want.model, want.version, devices)
         self._loop = asyncio.get_running_loop()
         self._look_thread: threading.Thread | None = None
         self._fetched: Fetched | None = None
@@ -141,7 +132,7 @@ class ModelVersion:
     def is_busy(self) -> bool:
         """Whether a thread of this version still runs, serving or left behind inside a call that cannot be interrupted."""
         is_looking = self._look_thread is not None and self._look_thread.is_alive()
-        return is_looking or any(worker.is_alive for worker in self._workers)
+        return is_looking or self.instances.is_alive
 
     @property
     def pending_rows(self) -> int:
@@ -291,15 +282,14 @@ class ModelVersion:
 
     def abandon(self) -> None:
         """No longer wanted before it was live. Threads inside a load end after it, by themselves."""
-        for worker in self._workers:
-            worker.stop()
+        self.instances.stop()
         self._release()
         self.move(VersionState.UNLOADING, "no longer wanted")
         self.move(VersionState.UNLOADED, "no longer wanted")
         log.info("version load abandoned", model=self.model, version=self.version)
 
     def _release(self) -> None:
-        self._devices.release(self)
+        self.instances.release()
         fetched, self._fetched = self._fetched, None
         if fetched is not None:
             fetched.release()
@@ -317,11 +307,11 @@ class ModelVersion:
         known, before = learnt_of(predecessor, effective), resident_bytes()
         subject = self._drift_subject(effective, predecessor)
         try:
-            warm = await self._start_workers(effective, directory, backend, known, pause)
+            warm = await self._start(effective, directory, backend, known, pause)
         except BatchAxisError as error:
             effective, known = without_batching(effective, str(error)), NOTHING_KNOWN
             subject = self._drift_subject(effective, predecessor)
-            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
+            warm = await self._start(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
@@ -333,52 +323,13 @@ class ModelVersion:
         self._watch = self._drift.watch(subject) if self._drift is not None and subject is not None else None
         self._open(effective, known.table)
 
-    async def _start_workers(
-        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float
-    ) -> WarmUp:
-        path = select_file(directory, effective.filename)
-        sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
-        runs = effective.config.warmup_runs
-        instances = await self._place(effective.instances, backend)
-        is_signed = self.inspection is not None and self.inspection.is_signed
-        backends = [effective.make(backend, path, each, is_signed=is_signed) for each in instances]
-        workers = [Worker(f"{self.name}#{number}", each) for number, each in enumerate(backends)]
+    async def _start(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float) -> WarmUp:
+        assert self.inspection is not None
+        await self.instances.make(effective, directory, backend, self.inspection, self._look)
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
-        self._workers = workers
-        has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
-        warm = functools.partial(
-            warm_up,
-            signature=effective.signature,
-            sizes=sizes,
-            runs=runs,
-            must_run_all=has_to_run_all,
-            known=known,
-            recorded=self.inspection.recorded if self.inspection is not None else (),
-        )
-        ready = [asyncio.wrap_future(worker.prepare(warm, pause)) for worker in workers]
-        results = await asyncio.gather(*ready, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
-            for worker, each, result in zip(workers, backends, results, strict=True):
-                if isinstance(result, DeviceLost):
-                    self._on_lost(self, worker, each.device, result)
-            raise errors[0].with_traceback(None)
-        for device, reason in self._devices.find_lost([each.device for each in backends]).items():
-            # While it was loaded, another version's batch found that out.
-            self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
-            raise DeviceLost(f"device '{device}' was lost: {reason}")
-        self._places = {worker: each.device for worker, each in zip(workers, backends, strict=True)}
-        self._devices.settle(self, self.model, self.version, [(each.device, each.device_memory) for each in backends])
-        return next(result for result in results if isinstance(result, WarmUp))
-
-    async def _place(self, instances: InstanceConfig, backend: type[Backend]) -> list[InstanceConfig]:
-        """Of each instance, with the device that is chosen for it."""
-        spaces = await self._look(lambda: backend.devices(instances.device))
-        needed = self.inspection.needed // instances.count if self.inspection is not None else 0
-        places = self._devices.place(self, self.model, instances.count, instances.device, needed, spaces)
-        return [dataclasses.replace(instances, device=place) for place in places]
+        on_lost = functools.partial(self._on_lost, self)
+        return await self.instances.warm_up(effective, known, self.inspection.recorded, pause, on_lost)
 
     def _drift_subject(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> Subject | None:
         if self._drift is None:
@@ -397,7 +348,7 @@ class ModelVersion:
         table = LatencyTable(
             self.latencies,
             effective.signature.max_batch_size,
-            self._devices.interference(self._places.values()),
+            self.instances.interference(),
             is_stepped=bool(allowed),
             before=before,
         )
@@ -410,20 +361,18 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
-            instances=len(self._workers),
+            instances=effective.instances.count,
             on_lost=self._hear_of_loss,
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
         self._attached = [each for each in attached if each is not None]
         observers = [*([self._watch] if self._watch is not None else []), *self._attached]
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
-        for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
-            self._runners.append(runner)
-            if inline:
-                worker.serve_inline(batcher, runner, inline)
-            else:
-                worker.serve(batcher, runner)
+        self.instances.serve(
+            batcher,
+            lambda: BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers),
+            inline,
+        )
         log.debug("instances opened", version=self.name, batch_limit=table.worthwhile, inline_rows=inline)
         self._batcher = batcher
 
@@ -445,7 +394,7 @@ class ModelVersion:
             backend=self.effective.backend,
             max_batch_size=self.effective.signature.max_batch_size,
             instances=self.effective.instances.count,
-            devices=sorted(set(self._places.values())),
+            devices=self.instances.devices,
             seconds=round(self.load_seconds, 3),
         )
 
@@ -459,8 +408,7 @@ class ModelVersion:
 
     def screen_outputs(self, on: bool) -> None:
         """Count answers with NaN or infinity from the next batch on, or no longer. For a version that is live."""
-        for runner in self._runners:
-            runner.screen_outputs = on
+        self.instances.screen_outputs(on)
 
     # -- lost devices --------------------------------------------------------------------------------------------------
 
@@ -470,24 +418,18 @@ class ModelVersion:
             self._loop.call_soon_threadsafe(self._lose, instance, error)
 
     def _lose(self, instance: Instance, error: DeviceLost) -> None:
-        for worker, device in self._places.items():
-            if worker is instance:
-                self._on_lost(self, worker, device, error)
-                return
-
-    def instances_on(self, device: str) -> list[Worker]:
-        """Those that serve there."""
-        return [worker for worker, place in self._places.items() if place == device]
+        found = self.instances.find(instance)
+        if found is not None:
+            self._on_lost(self, *found, error)
 
     def take_out(self, workers: Sequence[Worker], error: DeviceLost) -> None:
         """These run nothing any more; what waits goes to the others. Without others the version has failed, and what waits is refused."""
-        for worker in workers:
-            self._devices.drop(self, self._places.pop(worker), 1)
-            worker.stop()
-            if self._batcher is not None:
+        left = self.instances.take_out(workers)
+        if self._batcher is not None:
+            for worker in workers:
                 self._batcher.lose(worker, error)
-        log.error("instances lost", version=self.name, lost=len(workers), left=len(self._places), reason=str(error))
-        if self._places or self._batcher is None:
+        log.error("instances lost", version=self.name, lost=len(workers), left=left, reason=str(error))
+        if left or self._batcher is None:
             return
         refusal = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state: {error}")
         if self.state is VersionState.LIVE:
@@ -517,11 +459,8 @@ class ModelVersion:
 
     async def put_away(self, deadline: float = 0.0) -> None:
         """Give everything back that serving took. Instances that are inside a call have until `deadline` to end it. Idempotent."""
-        now = time.monotonic()
-        self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
+        await self.instances.close(deadline)
         self._batcher = None
-        self._places = {}
-        self._runners = []
         if self._drift is not None and self._watch is not None:
             self._drift.forget(self._watch)
             self._watch = None
@@ -582,13 +521,3 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
     table = before._batcher.latencies if before._batcher is not None else None
     return Known(before.latencies, has_same_graph, table) if is_alike else NOTHING_KNOWN
-
-
-async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:
-    """Returns those that are still inside their backend at `until`, by time.monotonic(); they end by themselves after that call."""
-    for worker in workers:
-        worker.stop()
-    remaining = [worker for worker in workers if not await asyncio.to_thread(worker.join, max(until - time.monotonic(), 0.0))]
-    for worker in remaining:
-        log.error("worker did not end", worker=worker.name)
-    return remaining
