@@ -146,7 +146,9 @@ async def test_what_cannot_be_ranked_is_refused_by_name_and_the_others_are_answe
     half = SCORES[:1].astype(np.float16)
 
     def work(stub: Any) -> None:
-        with pytest.raises(InferenceServerException, match="output 'y': class result not available for output due to unsupported type 'FP16'"):
+        with pytest.raises(
+            InferenceServerException, match="output 'y': class result not available for output due to unsupported type 'FP16'"
+        ):
             ask(stub, half, 2)
         with pytest.raises(InferenceServerException, match="invalid value for 'classification' parameter, expected > 0, got -1"):
             ask(stub, half, -1)

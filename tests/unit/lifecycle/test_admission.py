@@ -84,7 +84,9 @@ def test_an_output_is_classified_or_in_shared_memory_not_both() -> None:
 
 
 def classified(given: Parameters, datatype: DataType = DataType.FP32, max_batch_size: int = 8) -> Ticket:
-    signature = Signature("m", SIGNATURE.inputs, (TensorSpec("x", DataType.FP32, (-1,)), TensorSpec("y", datatype, (-1, 5))), max_batch_size)
+    signature = Signature(
+        "m", SIGNATURE.inputs, (TensorSpec("x", DataType.FP32, (-1,)), TensorSpec("y", datatype, (-1, 5))), max_batch_size
+    )
     outputs = [RequestedOutput("y", given), RequestedOutput("x")]
     request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], outputs)
     return make_ticket(signature, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0)

@@ -398,6 +398,34 @@ async def test_real_versions_with_batches_and_screening(tmp_path: Path) -> None:
     await swap.models.stop(5)
 
 
+async def test_real_versions_agree_on_a_classification_by_the_scores_behind_it(tmp_path: Path) -> None:
+    """The second one's scores are off by less than the tolerance, and by more than six decimals show."""
+
+    class Near(FakeBackend.make()):  # type: ignore[misc]
+        def execute(self, inputs: Any, outputs: Any) -> Any:
+            arrays = super().execute(inputs, outputs)
+            return [array + np.float32(0.001) for array in arrays] if "/2/" in str(self.path) else arrays
+
+    swap = Swapping(tmp_path, Near)
+    await swap.publish(1, 2, version_policy="all", warmup_runs=1)
+    live, candidate = swap.models.resolve("m", "1"), swap.models.resolve("m", "2")
+    shadow, outlet = Shadow("m", 2, 0.05), CollectingOutlet()
+    reply = Reply(outlet)
+    array = np.array([[0.25, 0.75]], "<f4")
+    request = InferRequest(
+        "m", "", "", [InputTensor("x", "FP32", array.shape, array.tobytes())], [RequestedOutput("y", {"classification": 1})]
+    )
+    shadow.mirror(request, reply, candidate)
+    live.submit(request, reply, time.monotonic())
+    assert b"0.750000:1" in await asyncio.to_thread(outlet.wait, reply)  # type: ignore[operator]
+    await asyncio.to_thread(until, lambda: shadow.snapshot().compared == 1)
+    found = shadow.snapshot()
+    assert (found.disagreeing, found.dropped, found.last_difference) == (0, 0, "")
+    assert found.distance_sum == pytest.approx(0.001 / 1.75, rel=1e-3)
+    shadow.close()
+    await swap.models.stop(5)
+
+
 # -- metrics -----------------------------------------------------------------------------------------------------------------
 
 

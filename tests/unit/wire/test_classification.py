@@ -65,7 +65,7 @@ def test_floats_have_six_decimals_as_in_c() -> None:
 @pytest.mark.parametrize("datatype", [datatype for datatype in BY_NAME if "INT" in datatype.value])
 def test_integers_are_ranked_as_integers(datatype: DataType) -> None:
     """The 64-bit ones are the same number as floats."""
-    limits = np.iinfo(datatype.dtype)
+    limits = np.iinfo(datatype.dtype.str)
     values = [limits.min, limits.max - 1, limits.max, limits.min + 1]
     assert strings([values], datatype=datatype) == [[f"{values[i]}:{i}".encode() for i in (2, 1, 3, 0)]]
 
@@ -96,7 +96,9 @@ def test_a_ranking_is_that_of_a_plain_sort(datatype: DataType, part: int, monkey
 
 
 def test_a_class_has_a_name_where_the_labels_have_one() -> None:
-    assert strings([[4, 3, 2, 1]], labels=["ü:x", "", "c"]) == [[b"4.000000:0:" + "ü:x".encode(), b"3.000000:1", b"2.000000:2:c", b"1.000000:3"]]
+    assert strings([[4, 3, 2, 1]], labels=["ü:x", "", "c"]) == [
+        [b"4.000000:0:" + "ü:x".encode(), b"3.000000:1", b"2.000000:2:c", b"1.000000:3"]
+    ]
 
 
 def test_more_classes_than_there_are_is_all_of_them() -> None:
@@ -178,7 +180,12 @@ def test_a_row_of_more_elements_than_triton_ranks_is_refused_in_its_words() -> N
 
 def test_only_the_rows_that_are_wanted_are_ranked(monkeypatch: pytest.MonkeyPatch) -> None:
     ranked: list[Any] = []
-    monkeypatch.setattr(classification, "rank", lambda scores, count: ranked.append((scores, count)) or rank(scores, count))
+
+    def note(scores: NDArray[Any], count: int) -> Any:
+        ranked.append((scores, count))
+        return rank(scores, count)
+
+    monkeypatch.setattr(classification, "rank", note)
     tickets = [ticket(1, top(2)), ticket(2, None), ticket(1, top(4))]
     wanted = classify(tickets, {0: BATCH}, {})
     ((scores, count),) = ranked
