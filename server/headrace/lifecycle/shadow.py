@@ -43,7 +43,7 @@ FARTHEST = 1e9
 _TIE = 1e-6
 """Scores closer than that, as a part of 1 + |score|, are in no order: another order of additions swaps them."""
 _ROUNDING = 0.5000001e-6
-"""Of a float in a classification, which has six decimals."""
+"""Of a float in a classification, which has six decimals: what they cannot tell apart is equal."""
 
 
 # -- comparison: pure ------------------------------------------------------------------------------------------------------
@@ -98,7 +98,9 @@ def _decode(message: bytes) -> dict[str, _Output]:
 
 def _compare_output(name: str, live: _Output, shadow: _Output, tolerance: float) -> Comparison:
     if live.datatype is DataType.BYTES and shadow.datatype in RANKABLE:
-        return _compare_classes(name, live.array, shadow.array, tolerance)
+        named = _named_scores(live.array, shadow.array)
+        if named is not None:
+            return _compare_classes(name, *named, tolerance)
     if live.datatype is not shadow.datatype or live.array.shape != shadow.array.shape:
         expected, got = [f"{each.datatype.value} {format_shape(each.array.shape)}" for each in (live, shadow)]
         return Comparison(False, np.inf, f"output '{name}': expected {expected}, got {got}")
@@ -130,22 +132,27 @@ def _compare_floats(name: str, live: Array, shadow: Array, tolerance: float) -> 
     return Comparison(True, distance)
 
 
-def _compare_classes(name: str, strings: Array, scores: Array, tolerance: float) -> Comparison:
+def _named_scores(strings: Array, scores: Array) -> tuple[Array, Array, Array] | None:
+    """By rows: the values of a classification, the scores of the same classes, and all scores. None where these do not belong together."""
+    rows = len(strings) if strings.ndim == 2 else 1
     try:
-        values, classes = decode_classes(strings)
-        rows = len(strings) if strings.ndim == 2 else 1
-        values, classes, scores = values.reshape(rows, -1), classes.reshape(rows, -1), scores.reshape(rows, -1).astype(np.float64)
-        chosen = np.take_along_axis(scores, classes, axis=1)
-    except (ValueError, IndexError) as error:
-        return Comparison(False, np.inf, f"output '{name}': expected the scores of a classification's classes: {error}")
-    # What six decimals cannot tell apart is equal.
-    found = _compare_floats(name, values, np.where(np.abs(values - chosen) <= _ROUNDING, values, chosen), tolerance)
-    if not found.agrees or not classes.size:
+        values, classes = decode_classes(strings.reshape(rows, -1))
+        every = scores.reshape(rows, -1).astype(np.float64)
+        return values, np.take_along_axis(every, classes, axis=1), every
+    except (ValueError, IndexError):
+        return None
+
+
+def _compare_classes(name: str, values: Array, chosen: Array, every: Array, tolerance: float) -> Comparison:
+    with np.errstate(invalid="ignore"):
+        is_same = np.abs(values - chosen) <= _ROUNDING
+    found = _compare_floats(name, values, np.where(is_same, values, chosen), tolerance)
+    if not found.agrees or not values.size or not np.isfinite(every).all():
         return found
-    best, first = scores.max(axis=1), chosen[:, 0]
-    swapped = int(np.count_nonzero(best - first > _TIE * (1 + np.abs(best))))
+    best = every.max(axis=1)
+    swapped = int(np.count_nonzero(best - chosen[:, 0] > _TIE * (1 + np.abs(best))))
     if swapped:
-        return Comparison(False, found.distance, f"output '{name}': {swapped} of {rows} rows rank another class first")
+        return Comparison(False, found.distance, f"output '{name}': {swapped} of {len(values)} rows rank another class first")
     return found
 
 

@@ -83,7 +83,10 @@ def test_the_artifact_says_what_images_become(datatype: DataType, name: str) -> 
 
 def test_the_largest_are_two_outputs() -> None:
     effective = settle(TOP)
-    assert effective.signature.outputs[:2] == (TensorSpec("scores", FP32, (-1, 3)), TensorSpec("scores_classes", INT32, (-1, 3)))
+    assert effective.signature.outputs[:2] == (
+        TensorSpec("scores", FP32, (-1, 3), is_ranked=True),
+        TensorSpec("scores_classes", INT32, (-1, 3), is_ranked=True),
+    )
     assert [spec.name for spec in effective.signature.outputs] == ["scores", "scores_classes", "embedding"]
     assert effective.processing.outputs == {"scores": TopK(3, softmax=True)}
     assert effective.notes == ("output 'scores': softmax, the 3 largest and their classes",)
@@ -226,7 +229,8 @@ def test_an_image_with_too_many_pixels_or_none_is_refused(sides: tuple[int, int]
         signature.validate(request(1, *sides, 3))
 
 
-def test_the_classification_extension_says_what_to_ask_for() -> None:
-    signature, wanted = settle(TOP + RESIZED).signature, [RequestedOutput("scores", {"classification": 2})]
+@pytest.mark.parametrize("output", ["scores", "scores_classes"])
+def test_the_classification_extension_says_what_to_ask_for(output: str) -> None:
+    signature, wanted = settle(TOP + RESIZED).signature, [RequestedOutput(output, {"classification": 2})]
     with pytest.raises(HeadraceError, match="ask for the tensors 'scores' and 'scores_classes'"):
         make_ticket(signature, settle(TOP).batching, request(1, 4, 4, 3, outputs=wanted), Reply(CollectingOutlet()), 0.0)

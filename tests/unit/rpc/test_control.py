@@ -204,9 +204,9 @@ async def test_without_control_nothing_is_loaded_or_unloaded_by_request(reposito
     assert "model_repository" not in controlled(repository).server_metadata(messages.ServerMetadataRequest()).extensions
 
 
-def test_with_control_the_extension_is_listed_first() -> None:
+def test_with_control_the_extension_is_listed_in_its_place() -> None:
     metadata = controlled(FakeRepository()).server_metadata(messages.ServerMetadataRequest())
-    assert list(metadata.extensions[:2]) == ["model_repository", "schedule_policy"]
+    assert list(metadata.extensions[:3]) == ["classification", "model_repository", "schedule_policy"]
 
 
 async def test_other_repositories_are_not_offered() -> None:
