@@ -6,6 +6,13 @@
 
 constexpr int GATHER_UNROLL = 4;    // independent loads in flight per thread
 
+// Blocks a multiprocessor: as many as leave each thread the registers it needs. For sm_120 the compiler needs a few more.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1200
+#define GATHER_BLOCKS 2
+#else
+#define GATHER_BLOCKS 3
+#endif
+
 template <typename S, typename T> struct Gather {
     static constexpr int V = 16 / (sizeof(S) > sizeof(T) ? sizeof(S) : sizeof(T));
 
@@ -58,7 +65,7 @@ DEVICE void gather(const u8* slab, const i64* table, T* into, T* mask, i64 rows,
 }
 
 #define GATHER(S, s, T, t)                                                                                                          \
-    KERNEL(256, 3) gather_##s##_##t(const u8* slab, const i64* table, T* into, T* mask, i64 rows, i64 width, u64 pad_bits) {        \
+    KERNEL(256, GATHER_BLOCKS) gather_##s##_##t(const u8* slab, const i64* table, T* into, T* mask, i64 rows, i64 width, u64 pad_bits) {        \
         gather<S, T>(slab, table, into, mask, rows, width, pad_bits);                                                               \
     }
 #define GATHER_TO_ALL(S, s)        \

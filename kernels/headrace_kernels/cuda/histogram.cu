@@ -8,20 +8,25 @@
 constexpr int HISTOGRAM_THREADS = 256;
 constexpr int HISTOGRAM_UNROLL = 4;
 
-// How many of the ascending edges are less than the value; 0 for NaN.
-DEVICE int edges_below(const float* edges, int count, float value) {
-    int base = 0;
-    while (count > 1) {
+// Of each value how many of its `count` ascending edges, from its start on, are less; 0 for NaN. All together: a search is a chain of
+// loads that wait for each other.
+template <int N, typename Index>
+DEVICE void edges_below(const float* edges, const Index (&starts)[N], int count, const float (&values)[N], int (&bins)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; ++i) bins[i] = 0;
+    for (; count > 1; count -= count / 2) {
         int half = count / 2;
-        base += edges[base + half - 1] < value ? half : 0;
-        count -= half;
+#pragma unroll
+        for (int i = 0; i < N; ++i) bins[i] += edges[starts[i] + bins[i] + half - 1] < values[i] ? half : 0;
     }
-    return count == 1 && edges[base] < value ? base + 1 : base;
+    if (count < 1) return;
+#pragma unroll
+    for (int i = 0; i < N; ++i) bins[i] += edges[starts[i] + bins[i]] < values[i] ? 1 : 0;
 }
 
 template <typename S, typename Count>
 DEVICE void count_values(const S* values, i64 total, int features, const float* edges, int edge_count, Count count) {
-    constexpr int V = 16 / sizeof(S);
+    constexpr int V = 16 / sizeof(S), N = V < 4 ? V : 4;
     bool wide = is_aligned<S, V>(values);
     i64 threads = (i64)gridDim.x * HISTOGRAM_THREADS;
     i64 first = ((i64)blockIdx.x * HISTOGRAM_THREADS + threadIdx.x) * V;
@@ -36,11 +41,21 @@ DEVICE void count_values(const S* values, i64 total, int features, const float* 
             i64 left = total - (at + u * threads * V);
             int column = feature;
 #pragma unroll
-            for (int i = 0; i < V; ++i) {
-                float value = to_float(loaded[u].items[i]);
-                if (i < left && is_finite(value))
-                    count((i64)column * (edge_count + 1) + edges_below(edges + (i64)column * edge_count, edge_count, value));
-                column = column + 1 == features ? 0 : column + 1;
+            for (int i = 0; i < V; i += N) {
+                float numbers[N];
+                typename Count::Index starts[N], cells[N];
+                int bins[N];
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    numbers[n] = to_float(loaded[u].items[i + n]);
+                    starts[n] = (typename Count::Index)column * edge_count;
+                    cells[n] = starts[n] + column;
+                    column = column + 1 == features ? 0 : column + 1;
+                }
+                edges_below(edges, starts, edge_count, numbers, bins);
+#pragma unroll
+                for (int n = 0; n < N; ++n)
+                    if (i + n < left && is_finite(numbers[n])) count(cells[n] + bins[n]);
             }
             feature += step;
             feature -= feature >= features ? features : 0;
@@ -49,12 +64,14 @@ DEVICE void count_values(const S* values, i64 total, int features, const float* 
 }
 
 struct CountShared {
+    typedef int Index;
     u32* counters;
     int copies;
-    DEVICE void operator()(i64 cell) const { atomicAdd(counters + (int)cell * copies + (threadIdx.x & (copies - 1)), 1u); }
+    DEVICE void operator()(int cell) const { atomicAdd(counters + cell * copies + (threadIdx.x & (copies - 1)), 1u); }
 };
 
 struct CountGlobal {
+    typedef i64 Index;
     u64* counts;
     DEVICE void operator()(i64 cell) const { atomicAdd(counts + cell, (u64)1); }
 };
@@ -86,7 +103,7 @@ DEVICE void histogram_shared(const S* values, i64 rows, int features, const floa
         u64* counts, const int* live, int copies) {                                                                                 \
         histogram_shared<S>(values, rows, features, edges, edge_count, counts, live, copies);                                       \
     }                                                                                                                               \
-    KERNEL(HISTOGRAM_THREADS, 4) histogram_global_##s(const S* values, i64 rows, int features, const float* edges, int edge_count,  \
+    KERNEL(HISTOGRAM_THREADS, 2) histogram_global_##s(const S* values, i64 rows, int features, const float* edges, int edge_count,  \
         u64* counts, const int* live) {                                                                                             \
         CountGlobal count = {counts};                                                                                               \
         count_values(values, values_to_count(rows, features, live), features, edges, edge_count, count);                            \
