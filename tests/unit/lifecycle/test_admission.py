@@ -4,7 +4,7 @@ import pytest
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest
 from headrace.lifecycle.admission import make_ticket, make_tickets
-from headrace.requests import Alike, InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
+from headrace.requests import Alike, DeviceMemory, InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import CollectingOutlet
 
@@ -81,3 +81,13 @@ def test_an_output_is_classified_or_in_shared_memory_not_both() -> None:
     request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], [output])
     with pytest.raises(InvalidRequest, match="output 'y': expected 'classification' or 'shared_memory_region', got both"):
         make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0)
+
+
+def test_a_request_with_inputs_on_a_device_shares_no_batch_with_one_that_has_none() -> None:
+    tickets = []
+    for memory in (bytes(4), DeviceMemory("cuda:0", 0x7000, 4), DeviceMemory("cuda:1", 0x9000, 4)):
+        request = InferRequest("m", "", "", [InputTensor("x", "FP32", (1, 1), memory)])
+        request.on_device = isinstance(memory, DeviceMemory)
+        tickets.append(make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0))
+    assert [ticket.on_device for ticket in tickets] == [False, True, True]
+    assert tickets[0].key != tickets[1].key == tickets[2].key
