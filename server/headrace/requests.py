@@ -245,7 +245,7 @@ class Ticket:
     signature's order, `destinations` in that of `outputs` (None: all go into the answer as they are). Times are time.monotonic(): `arrived`
     when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
     any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it. `on_device`: some
-    of its inputs are DeviceMemory.
+    of its inputs are DeviceMemory; it then shares no batch with one that has none.
     """
 
     __slots__ = (

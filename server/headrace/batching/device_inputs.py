@@ -23,12 +23,9 @@ def lend_or_bring(backend: Backend, signature: Signature, tickets: Sequence[Tick
     Lent are those of a batch that is one request, without padding, on the device of the instance: everything else has to be put together
     from several places first.
     """
-    for ticket in tickets:
-        if ticket.on_device:
-            break
-    else:
-        return {}
     first = tickets[0]
+    if not first.on_device:  # then none is: their keys differ
+        return {}
     has_rows = not signature.max_batch_size or first.rows == rows
     lent = {}
     if backend.accepts_device_inputs and len(tickets) == 1 and has_rows:

@@ -39,6 +39,9 @@ def make_ticket(
         answer_by = reply.deadline
     expires = min(answer_by, arrived + batching.default_timeout) if batching.default_timeout else answer_by
     rows, key, reordered, outputs = admission
+    if request.on_device:
+        # In batches of their own, so that whether a batch has any is known from its first.
+        key = ("on device", key)
     inputs = request.inputs if reordered is None else reordered
     is_bound = bool(request.version)
     destinations = _destinations(signature, request, outputs) if request.outputs else None

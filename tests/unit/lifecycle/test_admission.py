@@ -4,7 +4,18 @@ import pytest
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest
 from headrace.lifecycle.admission import make_ticket, make_tickets
-from headrace.requests import Alike, InferRequest, InputTensor, Parameter, Parameters, Reply, RequestedOutput, Ticket, TopClasses
+from headrace.requests import (
+    Alike,
+    DeviceMemory,
+    InferRequest,
+    InputTensor,
+    Parameter,
+    Parameters,
+    Reply,
+    RequestedOutput,
+    Ticket,
+    TopClasses,
+)
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import CollectingOutlet
 
@@ -125,3 +136,13 @@ def test_a_number_of_classes_that_is_none_is_refused(given: Parameter, text: str
 def test_what_triton_does_not_rank_is_refused_in_its_words(datatype: DataType) -> None:
     with pytest.raises(InvalidRequest, match=f"class result not available for output due to unsupported type '{datatype.value}'"):
         classified({"classification": 3}, datatype)
+
+
+def test_a_request_with_inputs_on_a_device_shares_no_batch_with_one_that_has_none() -> None:
+    tickets = []
+    for memory in (bytes(4), DeviceMemory("cuda:0", 0x7000, 4), DeviceMemory("cuda:1", 0x9000, 4)):
+        request = InferRequest("m", "", "", [InputTensor("x", "FP32", (1, 1), memory)])
+        request.on_device = isinstance(memory, DeviceMemory)
+        tickets.append(make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0))
+    assert [ticket.on_device for ticket in tickets] == [False, True, True]
+    assert tickets[0].key != tickets[1].key == tickets[2].key
