@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ _REASON_LIMIT = 1000
 
 
 def import_runtime() -> Any:
+    # From 1.31 on it otherwise keeps an id of this machine below the user's cache directory, and reports to its makers.
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     # Imported at first use: it takes a tenth of a second and 30 MB that `headrace --help` must not pay.
     try:
         import onnxruntime
