@@ -55,14 +55,6 @@ async def lose(swap: Swapping, model: str = "m") -> None:
     raise AssertionError("no batch was lost")
 
 
-async def device_in_use(swap: Swapping, backend: type[DeviceBackend]) -> str:
-    """Of the instance that answers a model's requests as long as they come one by one: the one that became free last is the next."""
-    before = {each: len(each.batches) for each in backend.live}
-    for _ in range(5):
-        await swap.ask()
-    return max(before, key=lambda each: len(each.batches) - before[each]).device
-
-
 async def test_instances_of_several_models_are_spread_and_a_pinned_one_is_where_it_is_to_be(make: Make) -> None:
     swap = make(DeviceBackend.make_on("cuda:0", "cuda:1"))
     await swap.publish(1, model="a", **on("cuda:1"))
@@ -86,11 +78,11 @@ async def test_of_two_instances_one_goes_on_and_the_device_takes_the_others_on_i
     swap = make(backend)
     await swap.publish(1, **on("cuda", 2))
     await swap.publish(1, model="beside", **on("cuda", 2))
-    lost = await device_in_use(swap, backend)
+    with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        await swap.ask(-1.0)
+    (lost,) = backend.broken
     left = "cuda:1" if lost == "cuda:0" else "cuda:0"
     await swap.publish(1, model="elsewhere", **on(left))
-    backend.broken.add(lost)
-    await lose(swap)
     await swap.until(lambda: where(swap)["m"][lost] == 0)
     for model in ("m", "beside", "elsewhere"):
         assert [await swap.ask(model=model) for _ in range(10)] == [(1, 1.0)] * 10
