@@ -232,14 +232,34 @@ async def test_an_instance_on_the_host_that_says_so_goes_alone(make: Make) -> No
     assert swap.models.devices.lost == {}
 
 
-async def test_a_version_that_loses_its_device_while_it_drains_ends_at_once(make: Make) -> None:
-    backend = DeviceBackend.make_on("cuda:0")
-    swap = make(backend)
-    await swap.publish(1, **on("cuda"))
-    version = swap.models.resolve("m", "")
-    backend.broken.add("cuda:0")
-    await lose(swap)
-    await swap.until(lambda: version.state is VersionState.FAILED)
-    await version.unload(30.0)
-    assert version.state is VersionState.UNLOADED
-    assert not version.is_busy
+async def test_what_waits_for_a_version_that_loses_its_device_while_it_drains_is_refused_at_once(make: Make) -> None:
+    at_work, go_on = threading.Semaphore(0), threading.Event()
+
+    class Held(DeviceBackend.make_on("cuda:0")):  # type: ignore[misc]
+        def execute(self, inputs: Any, outputs: Any) -> Any:
+            if inputs["x"][0, 0] > 0:
+                at_work.release()
+                assert go_on.wait(10)
+            return super().execute(inputs, outputs)
+
+    swap = make(Held)
+    await swap.publish(1, **on("cuda", 2))
+    version = swap.models.models["m"].route.default
+    assert version is not None
+    running = []
+    for _ in range(2):
+        running.append(swap.submit())
+        assert await asyncio.to_thread(at_work.acquire, timeout=10)
+    waiting = [swap.submit() for _ in range(3)]
+    swap.models.withdraw("m")
+    await swap.until(lambda: version.state is VersionState.DRAINING)
+    Held.broken.add("cuda:0")
+    go_on.set()
+    for each in running:
+        with pytest.raises(DeviceLost):
+            await swap.answer(*each)
+    for each in waiting:
+        with pytest.raises(NotReady, match="cuda:0: unspecified launch failure"):
+            await swap.answer(*each)
+    await swap.until(lambda: version.state is VersionState.UNLOADED)
+    await asyncio.to_thread(Held.wait_for_live)
