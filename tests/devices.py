@@ -12,7 +12,8 @@ from headrace.testing import FakeBackend
 
 
 class DeviceBackend(FakeBackend):
-    """y = x on `names`; what runs on one of `broken` raises DeviceLost, as it would for every later call. `make_on` gives a class."""
+    """y = x on `names`; what runs on one of `broken` raises DeviceLost, as it would for every later call. A negative value breaks
+    the device that it comes to. `make_on` gives a class."""
 
     names: ClassVar[tuple[str, ...]] = ("cuda:0", "cuda:1")
     broken: ClassVar[set[str]]
@@ -49,6 +50,8 @@ class DeviceBackend(FakeBackend):
         super().load()
 
     def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        if inputs["x"].flat[0] < 0:
+            self.broken.add(self.device)
         if self.device in self.broken:
             self.lost_batches.append(len(inputs["x"]))
         self._check()

@@ -209,7 +209,7 @@ class Model:
         if step.action is Action.START:
             self._start(step.key)
             return
-        version = next(v for v in self.versions if v.key == step.key and v not in self._leaving)
+        version = next(v for v in self.versions if v.key == step.key and v not in self._leaving and v.state is not VersionState.UNLOADED)
         if step.action is Action.LOAD:
             version.displaces = self._swap_policy() is SwapPolicy.RESOURCE
             version.allow_load()

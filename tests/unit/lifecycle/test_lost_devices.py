@@ -55,14 +55,6 @@ async def lose(swap: Swapping, model: str = "m") -> None:
     raise AssertionError("no batch was lost")
 
 
-async def device_in_use(swap: Swapping, backend: type[DeviceBackend]) -> str:
-    """Of the instance that answers a model's requests as long as they come one by one: the one that became free last is the next."""
-    before = {each: len(each.batches) for each in backend.live}
-    for _ in range(5):
-        await swap.ask()
-    return max(before, key=lambda each: len(each.batches) - before[each]).device
-
-
 async def test_instances_of_several_models_are_spread_and_a_pinned_one_is_where_it_is_to_be(make: Make) -> None:
     swap = make(DeviceBackend.make_on("cuda:0", "cuda:1"))
     await swap.publish(1, model="a", **on("cuda:1"))
@@ -86,11 +78,11 @@ async def test_of_two_instances_one_goes_on_and_the_device_takes_the_others_on_i
     swap = make(backend)
     await swap.publish(1, **on("cuda", 2))
     await swap.publish(1, model="beside", **on("cuda", 2))
-    lost = await device_in_use(swap, backend)
+    with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        await swap.ask(-1.0)
+    (lost,) = backend.broken
     left = "cuda:1" if lost == "cuda:0" else "cuda:0"
     await swap.publish(1, model="elsewhere", **on(left))
-    backend.broken.add(lost)
-    await lose(swap)
     await swap.until(lambda: where(swap)["m"][lost] == 0)
     for model in ("m", "beside", "elsewhere"):
         assert [await swap.ask(model=model) for _ in range(10)] == [(1, 1.0)] * 10
@@ -240,14 +232,34 @@ async def test_an_instance_on_the_host_that_says_so_goes_alone(make: Make) -> No
     assert swap.models.devices.lost == {}
 
 
-async def test_a_version_that_loses_its_device_while_it_drains_ends_at_once(make: Make) -> None:
-    backend = DeviceBackend.make_on("cuda:0")
-    swap = make(backend)
-    await swap.publish(1, **on("cuda"))
-    version = swap.models.resolve("m", "")
-    backend.broken.add("cuda:0")
-    await lose(swap)
-    await swap.until(lambda: version.state is VersionState.FAILED)
-    await version.unload(30.0)
-    assert version.state is VersionState.UNLOADED
-    assert not version.is_busy
+async def test_what_waits_for_a_version_that_loses_its_device_while_it_drains_is_refused_at_once(make: Make) -> None:
+    at_work, go_on = threading.Semaphore(0), threading.Event()
+
+    class Held(DeviceBackend.make_on("cuda:0")):  # type: ignore[misc]
+        def execute(self, inputs: Any, outputs: Any) -> Any:
+            if inputs["x"][0, 0] > 0:
+                at_work.release()
+                assert go_on.wait(10)
+            return super().execute(inputs, outputs)
+
+    swap = make(Held)
+    await swap.publish(1, **on("cuda", 2))
+    version = swap.models.models["m"].route.default
+    assert version is not None
+    running = []
+    for _ in range(2):
+        running.append(swap.submit())
+        assert await asyncio.to_thread(at_work.acquire, timeout=10)
+    waiting = [swap.submit() for _ in range(3)]
+    swap.models.withdraw("m")
+    await swap.until(lambda: version.state is VersionState.DRAINING)
+    Held.broken.add("cuda:0")
+    go_on.set()
+    for each in running:
+        with pytest.raises(DeviceLost):
+            await swap.answer(*each)
+    for each in waiting:
+        with pytest.raises(NotReady, match="cuda:0: unspecified launch failure"):
+            await swap.answer(*each)
+    await swap.until(lambda: version.state is VersionState.UNLOADED)
+    await asyncio.to_thread(Held.wait_for_live)
