@@ -1,7 +1,10 @@
-"""Trains examples/models/digits on the handwritten digits that come with scikit-learn: `python examples/train_digits.py`.
+"""Trains examples/models/digits and digits_image on the handwritten digits that come with scikit-learn: `python examples/train_digits.py`.
 
 image FP32 [N, 64] (8x8 pixels, 0 to 16) -> label INT64 [N], probabilities FP32 [N, 10]. The last 297 of the 1,797 images are held
 out; client.py shows what the served model makes of them. The same versions of scikit-learn and numpy give the same file.
+
+digits_image has the same weights, and takes and gives what a vision model does: image FP32 [N, 1, 8, 8] (0 to 1) -> scores FP32 [N, 10].
+Its model.toml makes pictures of any size into that, and the three most probable digits of the scores; classify_image.py asks it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from sklearn.datasets import load_digits
 from sklearn.neural_network import MLPClassifier
 
 HELD_OUT = 297
-TARGET = Path(__file__).parent / "models" / "digits" / "1" / "model.onnx"
+MODELS = Path(__file__).parent / "models"
 
 
 def train() -> MLPClassifier:
@@ -50,8 +53,33 @@ def export(model: MLPClassifier) -> ModelProto:
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="headrace")
 
 
-if __name__ == "__main__":
-    model = export(train())
+def export_for_images(model: MLPClassifier) -> ModelProto:
+    (w1, w2), (b1, b2) = model.coefs_, model.intercepts_
+    weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2}
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["pixels"]),
+        helper.make_node("Gemm", ["pixels", "w1", "b1"], ["hidden"]),
+        helper.make_node("Relu", ["hidden"], ["active"]),
+        helper.make_node("Gemm", ["active", "w2", "b2"], ["scores"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "digits_image",
+        [helper.make_tensor_value_info("image", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("scores", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(value.astype(np.float32), name) for name, value in weights.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="headrace")
+
+
+def save(model: ModelProto, name: str) -> None:
     checker.check_model(model)
-    TARGET.parent.mkdir(parents=True, exist_ok=True)
-    TARGET.write_bytes(model.SerializeToString())
+    target = MODELS / name / "1" / "model.onnx"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(model.SerializeToString())
+
+
+if __name__ == "__main__":
+    trained = train()
+    save(export(trained), "digits")
+    save(export_for_images(trained), "digits_image")

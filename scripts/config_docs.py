@@ -14,6 +14,8 @@ from headrace.config import (
     FeedbackConfig,
     InstanceConfig,
     ModelConfig,
+    PostprocessConfig,
+    PreprocessConfig,
     RolloutConfig,
     ServerConfig,
     TensorConfig,
@@ -51,6 +53,7 @@ Version by label, such as `stable = 3`. Requests may name a label as their versi
 def render() -> str:
     parts = [HEAD, table(ServerConfig), MODEL, table(ModelConfig), table(BatchingConfig)]
     parts += ["\n### [instances]\n", table(InstanceConfig), "\n### [[input]] and [[output]]\n", table(TensorConfig)]
+    parts += ["\n### [[preprocess]]\n", table(PreprocessConfig), "\n### [[postprocess]]\n", table(PostprocessConfig)]
     parts += ["\n### [rollout]\n", table(RolloutConfig), LABELS, "\n### [drift]\n", table(DriftConfig)]
     parts += ["\n### [capture]\n", table(CaptureConfig), "\n### [feedback]\n", table(FeedbackConfig)]
     return "\n".join(parts)

@@ -7,6 +7,7 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from headrace.client_memory import ClientMemory
 from headrace.config import ServerConfig
 from headrace.lifecycle.view import AdminView, RepositoryControl
 from headrace.rpc.admin import AdminService
@@ -16,7 +17,6 @@ from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services, Transport
 from headrace.rpc.transports.grpcio import GrpcioTransport
 from headrace.rpc.transports.native import NativeTransport
-from headrace.shared_memory import SharedMemoryRegions
 from scripted_models import ScriptedModels, ScriptedVersion
 
 TRANSPORTS: dict[str, Callable[[Services, ServerConfig], Transport]] = {"grpcio": GrpcioTransport, "native": NativeTransport}
@@ -56,7 +56,7 @@ def serve_on(name: str) -> Serve:
     ) -> AsyncIterator[Served]:
         models = ScriptedModels(*versions)
         config = ServerConfig(**{"grpc": ("127.0.0.1:0",), **options})
-        regions = SharedMemoryRegions() if config.client_shared_memory else None
+        regions = ClientMemory.make(with_system=config.client_shared_memory, with_cuda=config.client_cuda_shared_memory)
         control = ControlService(models, server_name="triton", server_version="1.2.3", control=repository, regions=regions)
         admin = None if view is None else AdminService(view, config.admin)
         services = Services(InferenceService(models, regions=regions), control, HealthService(models), admin)

@@ -17,6 +17,7 @@ import uvloop
 from headrace import __version__
 from headrace.batching.event_loop import LoopSchedule, LoopTimer
 from headrace.capture.captures import Captures
+from headrace.client_memory import ClientMemory
 from headrace.config import ServerConfig
 from headrace.drift.monitor import DriftMonitors
 from headrace.errors import ConfigError
@@ -38,12 +39,13 @@ from headrace.rpc.health import HealthService
 from headrace.rpc.inference import InferenceService
 from headrace.rpc.transports.base import Services
 from headrace.rpc.transports.choice import choose, open_transport
-from headrace.shared_memory import SharedMemoryRegions
 from headrace.sources.base import Listing, Source
 from headrace.telemetry.access_log import AccessLog
 from headrace.telemetry.audit import AuditLog, read_audit
 from headrace.telemetry.capture_metrics import CaptureCollector
+from headrace.telemetry.device_metrics import DeviceCollector
 from headrace.telemetry.feedback_metrics import FeedbackCollector
+from headrace.telemetry.gpu import Gpus
 from headrace.telemetry.lifecycle_metrics import LifecycleCollector
 from headrace.telemetry.log import get_logger
 from headrace.telemetry.metrics import make_registry
@@ -93,7 +95,8 @@ class Server:
         self.webhooks: Webhooks | None = None
         self._tasks = Tasks()
         self.control = ExplicitControl(self.models, self.sources) if config.model_control == "explicit" else None
-        regions = SharedMemoryRegions() if config.client_shared_memory else None
+        regions = ClientMemory.make(with_system=config.client_shared_memory, with_cuda=config.client_cuda_shared_memory)
+        self.client_memory = regions
         self.services = Services(
             InferenceService(self.models, records, regions),
             ControlService(self.models, server_name=config.server_name, server_version=__version__, control=self.control, regions=regions),
@@ -124,8 +127,9 @@ class Server:
 
     def _make_http(self) -> HttpServer:
         config = self.config
-        registry = make_registry(lambda: self.models.find("", ""), self.models.shadows)
+        registry = make_registry(lambda: self.models.find("", ""), self.models.shadows, Gpus())
         registry.register(LifecycleCollector(self.admin))
+        registry.register(DeviceCollector(self.models.devices))
         registry.register(FeedbackCollector(self.feedbacks))
         if self.webhooks is not None:
             registry.register(WebhookCollector(self.webhooks))
@@ -209,6 +213,8 @@ class Server:
         # The transport waits for the calls it has taken, which the models still serve.
         await self.transport.stop(self.config.shutdown_grace)
         await self.models.stop(max(deadline - time.monotonic(), 0.0))
+        if self.client_memory is not None:
+            await asyncio.to_thread(self.client_memory.close)
         self.drift.close()
         self.feedbacks.close()
         if self.http is not None:

@@ -15,6 +15,7 @@ from headrace import __version__
 from headrace.cli_bench import add_bench
 from headrace.cli_drift import add_drift
 from headrace.cli_feedback import add_feedback
+from headrace.cli_health import add_health
 from headrace.cli_models import add_models
 from headrace.cli_replay import add_replay
 from headrace.config import ServerConfig, SourceConfig
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("repository", help="a directory of models, or any URI that --models takes")
     check.add_argument("--json", action="store_true", help="for machines")
     check.set_defaults(run=_check)
+    add_health(commands.add_parser("health", help="whether a server is ready: exit code 0 or 1, for probes of containers"))
     add_models(commands.add_parser("models", help="see and change the models of a running server"))
     add_drift(commands.add_parser("drift", help="references for a model's drift, and what a server has found"))
     add_bench(commands.add_parser("bench", help="find the batch sizes, instances and threads that a model does most with here"))

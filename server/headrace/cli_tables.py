@@ -22,7 +22,7 @@ STYLES = {
     "live": _GOOD, "promoted": _GOOD, "passed": _GOOD, "source_recovered": _GOOD,
     "discovered": _MOVING, "fetching": _MOVING, "verifying": _MOVING, "loading": _MOVING, "warming": _MOVING, "draining": _MOVING,
     "unloading": _MOVING, "running": _MOVING, "rollout": _MOVING, "traffic": _MOVING,
-    "failed": _BAD, "rolled back": _BAD, "rolled_back": _BAD, "error": _BAD, "source_error": _BAD,
+    "failed": _BAD, "rolled back": _BAD, "rolled_back": _BAD, "error": _BAD, "source_error": _BAD, "device_lost": _BAD,
     "unloaded": _QUIET, "offered": _QUIET, "superseded": _QUIET,
 }  # fmt: skip
 """By state, phase of a rollout, and kind of event. Colour repeats what the word says, so that nothing is lost without it."""

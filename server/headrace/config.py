@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -105,6 +106,11 @@ class ServerConfig:
         False,
         "Clients on this machine may leave tensors in system shared memory. Off: whoever reaches the port could have the server read "
         "and write every shared memory object that its user may.",
+    )
+    client_cuda_shared_memory: bool = _option(
+        False,
+        "Clients on this machine may leave tensors in CUDA memory of theirs, by its IPC handle. Off: whoever reaches the port could have "
+        "the server read and write what other processes share on its GPUs.",
     )
     tls_certificate: str = _option("", "PEM file of the server's certificate chain; with tls_key it turns TLS on for TCP listeners.")
     tls_key: str = _option("", "PEM file of the certificate's private key.")
@@ -223,12 +229,23 @@ class BatchingConfig:
             object.__setattr__(self, "default_priority_level", (self.priority_levels + 1) // 2)
 
 
+_DEVICE = re.compile(r"auto|cpu|cuda(:[0-9]{1,3})?")
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
     count: int = _option(1, "Loaded copies that run batches side by side.", minimum=1)
-    device: str = _option("auto", "auto | cpu.", choices=("auto", "cpu"))
+    device: str = _option(
+        "auto",
+        "cpu; cuda: the GPUs of this machine; cuda:N: that one of them; auto: GPUs where there are some and the backend can use them, else "
+        "the CPU.",
+    )
     threads: int = _option(0, "Threads of one instance; 0: the cores divided by the instances of this model.", minimum=0)
     options: Mapping[str, str] = field(default_factory=dict, metadata={"doc": "The backend's own options, by its own names."})
+
+    def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device: expected auto, cpu, cuda or cuda:N, got {self.device!r}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,6 +287,42 @@ class TensorConfig:
         "INVALID_ARGUMENT with the first of them.",
         choices=("count", "refuse"),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class PreprocessConfig:
+    """What is done to an input's images before the model sees them. Clients send them as UINT8 [rows, height, width, channels]."""
+
+    input: str = _option("", "The input's name in the artifact; there it has four dimensions and FP32, FP16 or BF16.")
+    size: tuple[int, ...] = _option(
+        (), "Height and width that the model takes: images of any size are resized (bilinear). Left out: they come in its size.",
+        minimum=1,
+    )  # fmt: skip
+    antialias: bool = _option(True, "Whether all pixels of a larger image count, as Pillow has it, or the four nearest to each.")
+    scale: float = _option(1 / 255, "What pixels, 0 to 255, are multiplied by; 1/255 left out.")
+    mean: tuple[float, ...] = _option((0.0,), "Subtracted after that; one number, or one for each channel in the model's order.")
+    deviation: tuple[float, ...] = _option((1.0,), "Divided by after that; one number, or one for each channel in the model's order.")
+    channels: str = _option("rgb", "The order that the model takes; clients send rgb.", choices=("rgb", "bgr"))
+    layout: str = _option("NCHW", "How the model takes them: channels before height and width, or after.", choices=("NCHW", "NHWC"))
+    max_pixels: int = _option(1 << 24, "Height times width of an image at most, where that is the client's choice.", minimum=1)
+
+
+@dataclass(frozen=True, slots=True)
+class PostprocessConfig:
+    """What is done to an output's scores before clients get them. softmax and top_k: the probabilities of the most probable."""
+
+    output: str = _option("", "The output's name in the artifact; there it is floating.")
+    softmax: bool = _option(False, "Probabilities (FP32) in place of scores, along the last dimension.")
+    top_k: int = _option(
+        0,
+        "So many of the largest of a row, the largest first, in place of all: NAME has the values (FP32), NAME_classes the "
+        "classes that they are of (INT32). 0: all.",
+        minimum=0,
+    )
+
+    def __post_init__(self) -> None:
+        if not self.softmax and not self.top_k:
+            raise ConfigError("expected softmax = true, top_k, or both")
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +437,8 @@ class ModelConfig:
     instances: InstanceConfig = InstanceConfig()
     inputs: tuple[TensorConfig, ...] = ()
     outputs: tuple[TensorConfig, ...] = ()
+    preprocess: tuple[PreprocessConfig, ...] = ()
+    postprocess: tuple[PostprocessConfig, ...] = ()
     version_policy: str = _option("latest:1", "latest:N | all | version numbers separated by commas.")
     labels: Mapping[str, int] = field(default_factory=dict)
     swap_policy: str = _option(

@@ -23,6 +23,8 @@ from headrace.config import (
     FeedbackConfig,
     InstanceConfig,
     ModelConfig,
+    PostprocessConfig,
+    PreprocessConfig,
     RolloutConfig,
     ServerConfig,
     TensorConfig,
@@ -76,19 +78,22 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
     instances = _read_section(InstanceConfig, _pop_table(table, "instances", where), f"{where} [instances]")
     inputs = tuple(_read_tensor(t, f"{where} [[input]]") for t in _pop_tables(table, "input", where))
     outputs = tuple(_read_tensor(t, f"{where} [[output]]") for t in _pop_tables(table, "output", where))
+    preprocess = [_read_step(PreprocessConfig, t, f"{where} [[preprocess]]", "input") for t in _pop_tables(table, "preprocess", where)]
+    postprocess = [_read_step(PostprocessConfig, t, f"{where} [[postprocess]]", "output") for t in _pop_tables(table, "postprocess", where)]
     labels = read_labels(_pop_table(table, "labels", where), f"{where} [labels]")
     rollout = _read_section(RolloutConfig, _pop_table(table, "rollout", where), f"{where} [rollout]")
     drift = _read_section(DriftConfig, _pop_table(table, "drift", where), f"{where} [drift]")
     capture = _read_section(CaptureConfig, _pop_table(table, "capture", where), f"{where} [capture]")
     feedback = _read_section(FeedbackConfig, _pop_table(table, "feedback", where), f"{where} [feedback]")
     flat = {**option_keys(ModelConfig), **option_keys(BatchingConfig)}
-    _check_known(table, [*flat, "instances", "input", "output", "labels", "rollout", "drift", "capture", "feedback"], where)
+    tables = ("instances", "input", "output", "preprocess", "postprocess", "labels", "rollout", "drift", "capture", "feedback")
+    _check_known(table, [*flat, *tables], where)
     batching = {key: table[key] for key in table if key in option_keys(BatchingConfig)}
     model = {key: table[key] for key in table if key not in batching}
     return ModelConfig(
         name,
         batching=_build(BatchingConfig, _read_section(BatchingConfig, batching, where), where),
-        instances=InstanceConfig(**instances),
+        instances=_build(InstanceConfig, instances, f"{where} [instances]"),
         labels=labels,
         rollout=_build(RolloutConfig, rollout, where),
         drift=_build(DriftConfig, drift, f"{where} [drift]"),
@@ -96,6 +101,8 @@ def _build_model(table: dict[str, Any], name: str) -> ModelConfig:
         feedback=FeedbackConfig(**feedback),
         inputs=inputs,
         outputs=outputs,
+        preprocess=tuple(preprocess),
+        postprocess=tuple(postprocess),
         provenance=origins,
         **_read_section(ModelConfig, model, where),
     )
@@ -135,6 +142,13 @@ def _read_tensor(table: Mapping[str, Any], where: str) -> TensorConfig:
     if not tensor.name:
         raise ConfigError(f"{where}: expected a 'name'")
     return tensor
+
+
+def _read_step(section: type[Section], table: Mapping[str, Any], where: str, tensor: str) -> Section:
+    step = _build(section, _read_section(section, table, where), where)
+    if not getattr(step, tensor):
+        raise ConfigError(f"{where}: expected '{tensor}', the name of one")
+    return step
 
 
 def _read_section(section: type[Any], table: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -198,7 +212,8 @@ def _kind(field: dataclasses.Field[Any]) -> str:
 
 def _owner(field: dataclasses.Field[Any]) -> type[Any]:
     sections = (
-        ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, DriftConfig, CaptureConfig, FeedbackConfig, RolloutConfig, ModelConfig,
+        ServerConfig, BatchingConfig, InstanceConfig, TensorConfig, PreprocessConfig, PostprocessConfig, DriftConfig, CaptureConfig,
+        FeedbackConfig, RolloutConfig, ModelConfig,
     )  # fmt: skip
     return next(section for section in sections if field in dataclasses.fields(section))
 

@@ -119,6 +119,10 @@ class BackendError(ServerError):
     """A model failed while it ran. Fails exactly its batch."""
 
 
+class DeviceLost(BackendError):
+    """The device, not the model, failed: nothing runs on it any more until the process is started anew."""
+
+
 class LoadError(ServerError):
     """A version could not be made live; the text is the reason shown in the repository index."""
 

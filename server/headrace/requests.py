@@ -19,9 +19,38 @@ Parameters = dict[str, Parameter]
 NO_PARAMETERS: Parameters = {}
 """Shared by the many tensors that have none. Nobody writes to a Parameters after decoding."""
 
-TensorBytes = bytes | memoryview | NDArray[np.object_]
+
+class DeviceMemory:
+    """Bytes that a client lends in a device's memory; they are there for as long as this is held. Any thread, and it blocks.
+
+    To be subclassed. No ABC, of which isinstance takes ten times as long: every batch asks it.
+    """
+
+    __slots__ = ("device", "nbytes", "pointer")
+
+    def __init__(self, device: str, pointer: int, nbytes: int) -> None:
+        self.device = device
+        self.pointer = pointer
+        self.nbytes = nbytes
+
+    def __len__(self) -> int:
+        return self.nbytes
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.device}, {self.nbytes} bytes)"
+
+    def read(self) -> memoryview:
+        """A copy of it all in the host's memory. Raises BackendError."""
+        raise NotImplementedError
+
+    def write(self, content: bytes | memoryview) -> None:
+        """From its beginning; no more than it has. Raises BackendError."""
+        raise NotImplementedError
+
+
+TensorBytes = bytes | memoryview | NDArray[np.object_] | DeviceMemory
 """A tensor's content: little-endian row-major bytes (a view of the received message where possible), or for BYTES a
-one-dimensional object array with one `bytes` an element."""
+one-dimensional object array with one `bytes` an element. DeviceMemory until the batch is gathered: see batching/device_inputs.py."""
 
 
 class InputTensor:
@@ -54,16 +83,38 @@ class Destination:
 
     __slots__ = ("offset", "region", "view")
 
-    def __init__(self, region: str, offset: int, view: memoryview) -> None:
+    def __init__(self, region: str, offset: int, view: memoryview | DeviceMemory) -> None:
         self.region = region
         self.offset = offset
         self.view = view
+
+    def write(self, content: bytes | memoryview) -> None:
+        """From its beginning; no more than it has. Raises BackendError."""
+        if isinstance(self.view, DeviceMemory):
+            self.view.write(content)
+        else:
+            self.view[: len(content)] = content
 
     def __repr__(self) -> str:
         return f"Destination({self.region!r}, {self.offset}, {self.view.nbytes} bytes)"
 
 
-Destinations = tuple[Destination | None, ...]
+class TopClasses:
+    """How an output goes into the answer that its client wants as a classification: the `count` largest values, as strings with their
+    classes and those's names. `by_row`: of each row, else of the whole tensor."""
+
+    __slots__ = ("by_row", "count")
+
+    def __init__(self, count: int, by_row: bool) -> None:
+        self.count = count
+        self.by_row = by_row
+
+    def __repr__(self) -> str:
+        return f"TopClasses({self.count}, by_row={self.by_row})"
+
+
+Destinations = tuple[Destination | TopClasses | None, ...]
+"""None: into the answer, as it is."""
 
 
 class Likeness:
@@ -82,10 +133,10 @@ class InferRequest:
     """A decoded ModelInfer message. `outputs` empty means all of them. `likeness` where it is known to be like others.
 
     `uses_regions`: some of its tensors lie in shared memory, and may be overwritten by the client once it has its answer.
-    `destinations`: where each of `outputs` goes, None where all go into the answer.
+    `on_device`: some of its inputs are DeviceMemory. `destinations`: where each of `outputs` goes, None where all go into the answer.
     """
 
-    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "outputs", "parameters", "uses_regions", "version")
+    __slots__ = ("destinations", "id", "inputs", "likeness", "model", "on_device", "outputs", "parameters", "uses_regions", "version")
 
     def __init__(
         self,
@@ -106,6 +157,7 @@ class InferRequest:
         self.outputs = outputs
         self.parameters = parameters
         self.uses_regions = uses_regions
+        self.on_device = False
         self.destinations: Destinations | None = None
 
     def __repr__(self) -> str:
@@ -190,14 +242,15 @@ class Ticket:
     """One admitted request in one version's batcher, which owns it until it is settled.
 
     `rows` of the batch dimension; tickets with equal `key` can share a batch; `inputs` and `outputs` (indexes) are in the
-    signature's order, `destinations` in that of `outputs` (None: all go into the answer). Times are time.monotonic(): `arrived`
+    signature's order, `destinations` in that of `outputs` (None: all go into the answer as they are). Times are time.monotonic(): `arrived`
     when the message came, `enqueued` when the batcher took it, `expires` when it must have started, `answer_by` when it is of no use
-    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it.
+    any more (inf: never), which is not before that. `is_bound`: it asked for this version, and no other may answer it. `on_device`: some
+    of its inputs are DeviceMemory; it then shares no batch with one that has none.
     """
 
     __slots__ = (
         "answer_by", "arrived", "destinations", "enqueued", "expires", "id", "inputs", "is_bound", "is_settled", "is_taken", "key",
-        "outputs",
+        "on_device", "outputs",
         "priority", "reply", "rows",
     )  # fmt: skip
 
@@ -215,7 +268,9 @@ class Ticket:
         arrived: float = 0.0,
         is_bound: bool = False,
         destinations: Destinations | None = None,
+        on_device: bool = False,
     ) -> None:
+        self.on_device = on_device
         self.answer_by = answer_by
         self.is_bound = is_bound
         self.destinations = destinations

@@ -10,6 +10,7 @@ import mmap
 import os
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,16 @@ class RegionStatus:
     byte_size: int
 
 
+def part_of(name: str, size: int, offset: int, byte_size: int) -> None:
+    """Raises InvalidRequest for what is not within a region of so many bytes."""
+    if offset >= size:
+        raise InvalidRequest(f"Invalid offset for shared memory region: '{name}': expected less than {size}, got {offset}")
+    if offset + byte_size > size:
+        raise InvalidRequest(
+            f"Invalid offset + byte size for shared memory region: '{name}': expected at most {size}, got {offset} + {byte_size}"
+        )
+
+
 class _Region:
     """One mapping, and the client's part of it."""
 
@@ -45,13 +56,8 @@ class _Region:
         self._view = memoryview(mapping)[skipped:]
 
     def view(self, offset: int, byte_size: int) -> memoryview:
-        name, size = self.status.name, self.status.byte_size
-        if offset >= size:
-            raise InvalidRequest(f"Invalid offset for shared memory region: '{name}': expected less than {size}, got {offset}")
-        if offset + byte_size > size:
-            raise InvalidRequest(
-                f"Invalid offset + byte size for shared memory region: '{name}': expected at most {size}, got {offset} + {byte_size}"
-            )
+        name = self.status.name
+        part_of(name, self.status.byte_size, offset, byte_size)
         # Beyond the object's end there is no memory, and touching it ends the process. Who shrinks it after this still does that.
         if self._mapping.size() < self._needed:
             raise InvalidRequest(
@@ -62,15 +68,20 @@ class _Region:
 
 
 class SharedMemoryRegions:
-    """Owns the table of regions by name. Every method may be called from any thread, and none waits for anything."""
+    """Owns the table of regions by name. Every method may be called from any thread, and none waits for anything. `is_taken`: whether
+    a name is another kind's."""
 
-    def __init__(self, directory: Path = DIRECTORY) -> None:
+    def __init__(self, directory: Path = DIRECTORY, is_taken: Callable[[str], bool] = lambda name: False) -> None:
         self._directory = directory
+        self._is_taken = is_taken
         self._lock = threading.Lock()
         self._regions: dict[str, _Region] = {}
 
     def __repr__(self) -> str:
         return f"SharedMemoryRegions({len(self._regions)} registered)"
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._regions
 
     def register(self, name: str, key: str, offset: int, byte_size: int) -> None:
         """Map that part of the object `key`. Raises AlreadyExists, InvalidRequest."""
@@ -78,7 +89,7 @@ class SharedMemoryRegions:
             raise InvalidRequest("shared memory region: expected a name, got none")
         status = RegionStatus(name, key, offset, byte_size)
         with self._lock:
-            if name in self._regions:
+            if name in self._regions or self._is_taken(name):
                 raise AlreadyExists(f"shared memory region '{name}' already in manager")
             self._regions[name] = self._map(status)
 
@@ -95,6 +106,8 @@ class SharedMemoryRegions:
         """Raises NotFound."""
         region = self._regions.get(name)
         if region is None:
+            if self._is_taken(name):
+                raise NotFound(f"The region named '{name}' is registered as CUDA shared memory, not system shared memory")
             raise NotFound(f"Unable to find system shared memory region: '{name}'")
         return region.status
 

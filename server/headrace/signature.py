@@ -50,12 +50,18 @@ class DataType(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One input or output. `shape` is as on the wire, batch dimension included; -1 is any length."""
+    """One input or output. `shape` is as on the wire, batch dimension included; -1 is any length.
+
+    `max_pixels`: of images [rows, height, width, channels] whose size is free, height times width at most; 0: it is no such input.
+    `is_ranked`: it is what was taken of a row's scores, by rank, or the classes of that.
+    """
 
     name: str
     datatype: DataType
     shape: Shape
     optional: bool = False
+    max_pixels: int = 0
+    is_ranked: bool = False
 
 
 class Admission(NamedTuple):
@@ -203,6 +209,13 @@ class Signature:
                 f"unexpected shape for input '{spec.name}' for model '{self.model}'. "
                 f"Expected {format_shape(spec.shape)}, got {format_shape(tensor.shape)}"
             )
+        if spec.max_pixels:
+            height, width = tensor.shape[1:3]
+            if not 1 <= height * width <= spec.max_pixels:
+                raise InvalidRequest(
+                    f"inference input '{spec.name}' for model '{self.model}': expected images of 1 to {spec.max_pixels} pixels, "
+                    f"got {height} x {width}"
+                )
         if spec.datatype.itemsize:
             expected = math.prod(tensor.shape) * spec.datatype.itemsize
             if len(tensor.data) != expected:

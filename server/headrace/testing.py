@@ -8,11 +8,14 @@ import dataclasses
 import selectors
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headrace.backends.base import Array, ArtifactSignature, Backend
+import numpy as np
+
+from headrace.backends.base import Array, ArtifactSignature, Backend, Pending, PipelinedBackend
 from headrace.config import InstanceConfig, ServerConfig, SourceConfig
 from headrace.errors import HeadraceError
 from headrace.requests import Answer, Reply
@@ -75,6 +78,59 @@ class FakeBackend(Backend):
     def close(self) -> None:
         if self in self.live:
             self.live.remove(self)
+
+
+class FakePipelinedBackend(FakeBackend, PipelinedBackend):
+    """The same on a device of its own, a thread that runs one batch after the other. While `gate` is not set the device is busy.
+
+    A lane's memory is overwritten when it is released, as the next batch would: whoever reads it later gets NaN.
+    """
+
+    def __init__(self, path: Path, instance: InstanceConfig) -> None:
+        super().__init__(path, instance)
+        self.gate = threading.Event()
+        self.gate.set()
+        self.most_in_flight = 0
+        self._in_flight: set[_FakePending] = set()
+        self._device = ThreadPoolExecutor(1, thread_name_prefix="fake device")
+
+    def stage(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Array]:
+        datatypes = {spec.name: spec.datatype.dtype for spec in self.artifact.inputs}
+        return {name: np.empty(shape, datatypes[name]) for name, shape in shapes.items()}
+
+    def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
+        pending = _FakePending(self._in_flight, self._device.submit(self._run, inputs, outputs), inputs)
+        self._in_flight.add(pending)
+        self.most_in_flight = max(self.most_in_flight, len(self._in_flight))
+        return pending
+
+    def execute(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        return PipelinedBackend.execute(self, inputs, outputs)
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> list[Array]:
+        self.gate.wait()
+        return FakeBackend.execute(self, inputs, outputs)
+
+    def close(self) -> None:
+        self._device.shutdown()
+        super().close()
+
+
+class _FakePending(Pending):
+    def __init__(self, in_flight: set[_FakePending], result: Future[list[Array]], inputs: Mapping[str, Array]) -> None:
+        self._in_flight = in_flight
+        self._result = result
+        self._arrays = [array for array in inputs.values() if array.flags.writeable]
+
+    def wait(self) -> list[Array]:
+        arrays = self._result.result()
+        self._arrays += arrays
+        return arrays
+
+    def release(self) -> None:
+        for array in self._arrays:
+            array[...] = np.nan
+        self._in_flight.remove(self)
 
 
 class FakeSource(Source):

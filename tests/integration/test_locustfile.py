@@ -32,7 +32,7 @@ async def test_users_call_every_model_that_is_ready_without_a_failure() -> None:
         )
     assert code == 0, said
     counts = {row["name"]: (row["num_requests"], row["num_failures"]) for row in json.loads(out)}
-    assert counts.keys() == {"diabetes", "digits"}
+    assert counts.keys() == {"diabetes", "digits", "digits_image"}
     assert all(requests > 0 and not failures for requests, failures in counts.values())
 
 

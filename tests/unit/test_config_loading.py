@@ -209,7 +209,7 @@ def test_an_empty_model_toml_changes_nothing(tmp_path: Path) -> None:
         ("priority_levels = 1\ndefault_priority_level = 2", "net/model.toml: default_priority_level: expected at most"),
         ("instances = 2", "net/model.toml: instances: expected a table [instances], got 2"),
         ("[instances]\ncounts = 2", "net/model.toml [instances]: unknown key 'counts', did you mean 'count'?"),
-        ('[instances]\ndevice = "gpu"', "net/model.toml [instances]: device: expected one of"),
+        ('[instances]\ndevice = "gpu"', "net/model.toml [instances]: device: expected auto, cpu, cuda or cuda:N, got 'gpu'"),
         ("[input]\nname = 'x'", "net/model.toml: input: expected tables [[input]], got"),
         ("[[input]]\nshape = [1]", "net/model.toml [[input]]: expected a 'name'"),
         ("[[output]]\nname = 'y'\nlabel = 'l.txt'", "net/model.toml [[output]]: unknown key 'label', did you mean 'labels'?"),

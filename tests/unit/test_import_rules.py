@@ -13,8 +13,17 @@ SOURCE = Path(__file__).parents[2] / "server"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("headrace.errors",),
     ("headrace.requests", "headrace.telemetry.trace_context"),
-    ("headrace.shared_memory", "headrace.signature", "headrace.telemetry.log", "headrace.telemetry.access_log", "headrace.threads"),
-    ("headrace.config",),
+    (
+        "headrace.shared_memory",
+        "headrace.cuda_runtime",
+        "headrace.cuda_regions",
+        "headrace.client_memory",
+        "headrace.signature",
+        "headrace.telemetry.log",
+        "headrace.telemetry.access_log",
+        "headrace.threads",
+    ),
+    ("headrace.config", "headrace.backends.processing"),
     (
         "headrace.config_loading",
         "headrace.wire",
@@ -50,7 +59,30 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.manifest",
         "headrace.sources.signing",
     ),
-    ("headrace.sources.verification", "headrace.backends.onnx_graph"),
+    (
+        "headrace.sources.verification",
+        "headrace.backends.onnx_graph",
+        "headrace.backends.processed",
+        "headrace.lifecycle.processing",
+        "headrace.backends.cuda",
+        "headrace.backends.cuda_lanes",
+        "headrace.backends.cuda_processing",
+        "headrace.backends.onnxruntime_session",
+        "headrace.backends.onnxruntime_options",
+        "headrace.backends.onnxruntime_providers",
+        "headrace.backends.onnxruntime_runs",
+        "headrace.backends.tensorrt_api",
+        "headrace.backends.tensorrt_profiles",
+        "headrace.backends.tensorrt_options",
+        "headrace.backends.tensorrt_cache",
+        "headrace.backends.tensorrt_build",
+        "headrace.backends.tensorrt_builder",
+        "headrace.backends.tensorrt_engine",
+        "headrace.backends.tensorrt_refit",
+        "headrace.backends.tensorrt_plans",
+        "headrace.backends.tensorrt_wiring",
+        "headrace.backends.tensorrt_fit",
+    ),
     (
         "headrace.sources.cache",
         "headrace.sources.mlflow_registry",
@@ -59,6 +91,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.backends.onnxruntime",
+        "headrace.backends.onnxruntime_cuda",
+        "headrace.backends.tensorrt",
         "headrace.plugins",
         "headrace.sources.directory",
         "headrace.sources.directory_destination",
@@ -70,6 +104,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "headrace.lifecycle.view",
+        "headrace.lifecycle.placement",
+        "headrace.lifecycle.devices",
+        "headrace.batching.device_inputs",
         "headrace.lifecycle.admission",
         "headrace.lifecycle.value_checks",
         "headrace.batching.batcher",
@@ -82,10 +119,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.sources.publish",
     ),
     (
+        "headrace.backends.pipeline",
+        "headrace.backends.runner",
         "headrace.backends.worker",
         "headrace.lifecycle.recorded",
         "headrace.lifecycle.drift_subject",
         "headrace.lifecycle.inspection",
+        "headrace.lifecycle.instances",
         "headrace.lifecycle.wanted",
         "headrace.lifecycle.parts",
         "headrace.lifecycle.warm_up",
@@ -111,27 +151,34 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "headrace.cli_models",
         "headrace.cli_replay",
         "headrace.cli_feedback",
+        "headrace.cli_health",
         "headrace.cli_tables",
     ),
 )
 """Lowest first. A module belongs to the longest name that it starts with; modules of one layer may import each other."""
 
 PURE = (
+    "headrace.backends.tensorrt_profiles",
+    "headrace.backends.tensorrt_options",
     "headrace.telemetry.trace_context", "headrace.telemetry.exemplars",
     "headrace.errors", "headrace.requests", "headrace.signature", "headrace.config", "headrace.batching.batch_queue",
     "headrace.batching.assemble", "headrace.batching.latency", "headrace.batching.forecast", "headrace.lifecycle.state",
-    "headrace.lifecycle.policy", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
+    "headrace.batching.device_inputs",
+    "headrace.lifecycle.policy", "headrace.lifecycle.placement", "headrace.lifecycle.rollout", "headrace.bench.choice", "headrace.wire",
     "headrace.drift.features", "headrace.drift.reference", "headrace.drift.counting", "headrace.drift.verdict", "headrace.drift.plan",
     "headrace.drift.extraction", "headrace.drift.calibration", "headrace.drift.building", "headrace.drift.distributions",
     "headrace.drift.statistics", "headrace.drift.judgement", "headrace.drift.sequential", "headrace.drift.reference_file",
     "headrace.capture.records", "headrace.capture.sampling", "headrace.replay.comparison", "headrace.replay.messages",
     "headrace.drift.window", "headrace.drift.alarms", "headrace.drift.joining", "headrace.drift.sampling",
+    "headrace.lifecycle.processing", "headrace.backends.processing",
     "headrace.drift.ranking", "headrace.drift.page", "headrace.http.dashboard.state", "headrace.http.dashboard.drift",
     "headrace.http.dashboard.numbers", "headrace.profiling.rows",
 )  # fmt: skip
 IMPURE = {"asyncio", "threading", "time", "grpc", "prometheus_client"}
 ADAPTERS = (
+    "headrace.backends.tensorrt",
     "headrace.backends.onnxruntime",
+    "headrace.backends.onnxruntime_cuda",
     "headrace.sources.directory",
     "headrace.sources.directory_destination",
     "headrace.sources.object_store",
@@ -139,7 +186,7 @@ ADAPTERS = (
     "headrace.sources.mlflow",
     "headrace.sources.mlflow_destination",
 )
-"""Each is a runtime or a kind of place. Two that belong to the same one (its source and destination) may import each other."""
+"""Each is a runtime or a kind of place. Two of the same one (its source and destination, its CPU and GPU) may import each other."""
 
 
 def imports_of(tree: ast.AST) -> Iterator[str]:
@@ -162,7 +209,7 @@ def belongs(module: str, names: tuple[str, ...]) -> bool:
 
 
 def place_of(module: str) -> str:
-    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination")
+    return next(name for name in ADAPTERS if belongs(module, (name,))).removesuffix("_destination").removesuffix("_cuda")
 
 
 def violations(module: str, source: str) -> list[str]:

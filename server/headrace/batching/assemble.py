@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from headrace.requests import InputTensor, Ticket
+from headrace.requests import DeviceMemory, InputTensor, Ticket
 from headrace.signature import Signature, TensorSpec
 
 Array = NDArray[Any]
+Stage = Callable[[Mapping[str, tuple[int, ...]]], Mapping[str, Array]]
+"""Host memory to gather into, for those inputs that it has any for: an array of that shape by name."""
 
 
 def padded_size(rows: int, allowed: Sequence[int]) -> int:
@@ -21,16 +23,22 @@ def padded_size(rows: int, allowed: Sequence[int]) -> int:
     return allowed[index] if index < len(allowed) else rows
 
 
-def gather(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[str, Array]:
-    """One C-contiguous array per input that the batch has, padded to `rows` by repeating its first row.
+def gather(signature: Signature, tickets: Sequence[Ticket], rows: int, stage: Stage | None = None) -> dict[str, Array]:
+    """One C-contiguous array per input that the batch has on the host, padded to `rows` by repeating its first row.
 
     A real row, not zeros: zeros can be far outside what a model was made for (TensorFlow Serving pads likewise). Tickets of
     one batch have equal keys, hence equal shapes behind the batch dimension and the same optional inputs.
     """
+    places = {} if stage is None else stage(_shapes(signature, tickets, rows))
     arrays = {}
     for index, spec in enumerate(signature.inputs):
         first = tickets[0].inputs[index]
-        if first is None:
+        if first is None or isinstance(first.data, DeviceMemory):
+            continue
+        place = places.get(spec.name)
+        if place is not None:
+            _fill(place, [ticket.inputs[index] for ticket in tickets])
+            arrays[spec.name] = place
             continue
         array = as_array(spec, first) if len(tickets) == 1 else _join(spec, [ticket.inputs[index] for ticket in tickets])
         if signature.max_batch_size and array.shape[0] < rows:
@@ -39,10 +47,34 @@ def gather(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[s
     return arrays
 
 
+def _shapes(signature: Signature, tickets: Sequence[Ticket], rows: int) -> dict[str, tuple[int, ...]]:
+    shapes = {}
+    for spec, tensor in zip(signature.inputs, tickets[0].inputs, strict=True):
+        if tensor is not None and spec.datatype.itemsize and not isinstance(tensor.data, DeviceMemory):
+            shapes[spec.name] = (rows, *tensor.shape[1:]) if signature.max_batch_size else tensor.shape
+    return shapes
+
+
+def _fill(place: Array, tensors: Sequence[InputTensor | None]) -> None:
+    """Bytes behind each other, then the first row again to the end. Slices of a memoryview: 0.2 µs a tensor, np.copyto takes 1."""
+    target: Any = place.reshape(-1).view(np.uint8).data
+    end = 0
+    for tensor in tensors:
+        assert tensor is not None
+        data = tensor.data
+        piece = np.ascontiguousarray(data).reshape(-1).view(np.uint8) if isinstance(data, np.ndarray) else data
+        begin, end = end, end + len(piece)
+        target[begin:end] = piece
+    if end < len(target):
+        row = len(target) // place.shape[0]
+        place[end // row :] = place[:1]
+
+
 def as_array(spec: TensorSpec, tensor: InputTensor) -> Array:
     """A view of its bytes where they are aligned, else a copy."""
     if isinstance(tensor.data, np.ndarray):
         return tensor.data.reshape(tensor.shape)
+    assert not isinstance(tensor.data, DeviceMemory)
     array = np.frombuffer(tensor.data, spec.datatype.dtype).reshape(tensor.shape)
     # A view into a received message starts at any byte; ONNX Runtime and numpy's SIMD want whole elements.
     return array if array.flags.aligned else array.copy()

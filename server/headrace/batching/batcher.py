@@ -15,7 +15,7 @@ from headrace.batching.batch_queue import NEVER, BatchQueue
 from headrace.batching.forecast import MARGIN, Forecast
 from headrace.batching.latency import LatencyStats, LatencyTable
 from headrace.config import BatchingConfig
-from headrace.errors import Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.errors import Cancelled, DeadlineExceeded, DeviceLost, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Answer, Outlet, Reply, Ticket
 from headrace.telemetry.counters import CounterShard, DispatchReason, DropCause, FailureReason
 
@@ -65,6 +65,8 @@ class Batcher:
         shard: CounterShard,
         schedule: Schedule = at_once,
         on_dropped: Callable[[Sequence[Ticket], HeadraceError], None] | None = None,
+        instances: int = 1,
+        on_lost: Callable[[Instance, DeviceLost], None] | None = None,
     ) -> None:
         self._name = name
         self._delay = config.max_queue_delay
@@ -76,13 +78,15 @@ class Batcher:
         self._timer = timer
         self._schedule = schedule
         self._on_dropped = on_dropped
+        self._on_lost = on_lost
         self._armed = NEVER
         self._shard = shard
         self._lock = threading.Lock()
         self._idle: list[Instance] = []
         self._running: dict[Ticket, _Running] = {}
         """By the first ticket of the batch."""
-        self._instances = 1
+        self._instances = instances
+        self._lost: set[Instance] = set()
         self._refused_rows = 0
         self._refusing_since = NEVER
         self._unsettled = 0
@@ -177,9 +181,15 @@ class Batcher:
 
     def _free_at(self, now: float) -> list[float]:
         """When each instance has done what it runs, ascending; those that are about to look at the queue are free."""
-        mean = self.latencies.mean
-        ends = sorted([max(batch.began + mean(batch.rows), now) for batch in self._running.values()])
+        free: dict[Instance, float] = {}
+        for batch in self._running.values():
+            free[batch.instance] = self._end_of(batch, free.get(batch.instance, 0.0))
+        ends = sorted([max(end, now) for end in free.values()])
         return [now] * (self._instances - len(ends)) + ends
+
+    def _end_of(self, batch: _Running, before: float) -> float:
+        """`before`: when the batch that its instance got before it ends."""
+        return max(batch.began, before) + self.latencies.mean(batch.rows)
 
     def _is_probe(self, ticket: Ticket, now: float) -> bool:
         """Whether to try it against the estimate: with the device to itself the model could do it, and nobody else waits."""
@@ -193,7 +203,7 @@ class Batcher:
 
     def _wake_one(self) -> None:
         with self._lock:
-            instance = self._idle.pop() if self._idle and self._queue.requests else None
+            instance = self._pop_helper()
         if instance is not None:
             instance.wake()
 
@@ -202,8 +212,12 @@ class Batcher:
         with self._lock:
             self._shard.record_failure(reason)
 
-    def take(self, instance: Instance) -> tuple[list[Ticket], float]:
-        """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken)."""
+    def take(self, instance: Instance, lead: float = 0.0) -> tuple[list[Ticket], float]:
+        """A batch for a free instance, or ([], until): nothing to run before `until` (inf: until woken).
+
+        An instance may take a batch while it runs another. It gets a full one at once; any other `lead` seconds before that one
+        ends, so that it could fill until then.
+        """
         now = self._clock()
         expired: list[Ticket] = []
         hopeless: list[Ticket] = []
@@ -211,7 +225,12 @@ class Batcher:
             if self._queue.has_deadlines:
                 expired = self._queue.expire(now)
             ready_at = self._ready_at()
-            if ready_at > now:
+            if self._running and ready_at < NEVER and not self._queue.is_batch_full():
+                ready_at = max(ready_at, self._free_from(instance) - lead)
+            if instance in self._lost:
+                # It may have been woken for what is queued now.
+                tickets, ready_at, helper = [], NEVER, self._pop_helper()
+            elif ready_at > now:
                 tickets, helper = self._rest(instance), None
             else:
                 if self._queue.has_deadlines and self._queue.is_pressed(self.latencies, now):
@@ -225,11 +244,18 @@ class Batcher:
             helper.wake()
         return tickets, ready_at
 
+    def _free_from(self, instance: Instance) -> float:
+        """When the instance has done what it runs; 0 when it runs nothing."""
+        end = 0.0
+        for batch in self._running.values():
+            if batch.instance is instance:
+                end = self._end_of(batch, end)
+        return end
+
     def _rest(self, instance: Instance) -> list[Ticket]:
         """Nothing to run now. On the list also when it will look again by itself, so that a filled batch need not wait for that."""
         if instance not in self._idle:
             self._idle.append(instance)
-            self._instances = max(self._instances, len(self._running) + len(self._idle))
         return []
 
     def _start(self, instance: Instance, now: float) -> tuple[list[Ticket], Instance | None]:
@@ -242,15 +268,17 @@ class Batcher:
         tickets = queue.take(latencies, now)
         queue.limit = latencies.worthwhile
         self._shard.record_dispatch(self._dispatch_reason(is_full))
-        self._running[tickets[0]] = _Running(now, rows - queue.rows, due)
-        self._instances = max(self._instances, len(self._running))
+        self._running[tickets[0]] = _Running(now, rows - queue.rows, due, instance)
         if now >= self._forecast.next_look:
             self._look(now)
         if not self._idle:
             return tickets, None
         if instance in self._idle:
             self._idle.remove(instance)
-        return tickets, self._idle.pop() if self._idle and queue.requests else None
+        return tickets, self._pop_helper()
+
+    def _pop_helper(self) -> Instance | None:
+        return self._idle.pop() if self._idle and self._queue.requests else None
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:
@@ -273,7 +301,8 @@ class Batcher:
         return min(ready_at, expiry - self.latencies.upper(min(self._queue.rows + 1, self._queue.limit)) - MARGIN)
 
     def settle(self, tickets: Sequence[Ticket], answers: Sequence[Answer], stretch: float = 0.0) -> None:
-        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe."""
+        """Deliver a taken batch's answers, one hop per outlet, and give the leases back. `stretch`: see LatencyTable.observe, which does
+        not see a batch for which it is negative."""
         now = self._clock()
         for ticket in tickets:
             if ticket.is_settled:
@@ -289,9 +318,13 @@ class Batcher:
 
     def _end(self, tickets: Sequence[Ticket], answers: Sequence[Answer], now: float, stretch: float) -> None:
         batch = self._running.pop(tickets[0])
+        for first, other in self._running.items():
+            if other.instance is batch.instance:
+                # It had the device only from now on.
+                self._running[first] = other._replace(began=now)
         if batch.due < now:
             self._shard.record_drop(DropCause.LATE, len([ticket for ticket in tickets if ticket.answer_by < now]))
-        if now >= self.latencies.next_look and not isinstance(answers[0], HeadraceError):
+        if now >= self.latencies.next_look and stretch >= 0.0 and not isinstance(answers[0], HeadraceError):
             self.latencies.observe(batch.rows, max(now - batch.began, _SHORTEST), now, stretch)
             self._refusing_since = NEVER
 
@@ -336,6 +369,25 @@ class Batcher:
                 ticket.is_settled = True
                 self._drop([ticket], _expired(ticket, self._name) if cause is DropCause.EXPIRED else _hopeless(ticket, self._name))
             self._release(len(late))
+
+    def lose(self, instance: Instance, error: DeviceLost) -> None:
+        """The instance runs nothing any more: it is given no batch from here on, and what is queued goes to the others. Whoever ran its
+        last batch settles that first. Any thread; without effect the second time. With the last one gone what is queued stays so: the
+        owner, who is told by `on_lost`, has it answered.
+        """
+        with self._lock:
+            if instance in self._lost:
+                return
+            self._lost.add(instance)
+            if instance in self._idle:
+                self._idle.remove(instance)
+            self._instances = max(self._instances - 1, 1)
+            # It may have been the one that was to look again when a batch is due.
+            helper = self._pop_helper()
+        if helper is not None:
+            helper.wake()
+        if self._on_lost is not None:
+            self._on_lost(instance, error)
 
     def stop_admitting(self, reason: HeadraceError, when_drained: Callable[[], None]) -> None:
         """Refuse new tickets with `reason`; run what is queued; call `when_drained` (from any thread) when the last is settled."""
@@ -416,11 +468,12 @@ def deliver(tickets: Sequence[Ticket], answers: Sequence[Answer]) -> None:
 
 
 class _Running(NamedTuple):
-    """`due`: no ticket of it is, before that."""
+    """`began`: when its instance had nothing else to do. `due`: no ticket of it is, before that."""
 
     began: float
     rows: int
     due: float
+    instance: Instance
 
 
 _SHORTEST = 1e-6

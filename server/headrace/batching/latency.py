@@ -15,6 +15,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 BATCH_OVERHEAD = 100e-6
 """Seconds that the server itself spends on a batch, whatever its size: waking, gathering, encoding, one hop back."""
@@ -120,6 +121,40 @@ class Interference:
             self.factor += min(elapsed / PASSING, 1.0) * (1.0 - self.factor)
 
 
+class Neighbours(Protocol):
+    """What a table asks and tells of those that run beside its model."""
+
+    @property
+    def factor(self) -> float: ...
+    def observe(self, ratio: float, now: float) -> None: ...
+    def relax(self, now: float) -> None: ...
+
+
+class JointInterference:
+    """Of a model that is on several devices: a batch takes the mean of what it takes on each, and what is seen of one that runs on any
+    of them goes to all, since a table is not told on which that was."""
+
+    __slots__ = ("_parts",)
+
+    def __init__(self, parts: Sequence[Interference]) -> None:
+        self._parts = parts
+
+    def __repr__(self) -> str:
+        return f"JointInterference({list(self._parts)!r})"
+
+    @property
+    def factor(self) -> float:
+        return sum([part.factor for part in self._parts]) / len(self._parts)
+
+    def observe(self, ratio: float, now: float) -> None:
+        for part in self._parts:
+            part.observe(ratio, now)
+
+    def relax(self, now: float) -> None:
+        for part in self._parts:
+            part.relax(now)
+
+
 @dataclass(frozen=True, slots=True)
 class LatencyStats:
     """`mean` and `upper` seconds by rows, as they are now; `worthwhile` rows; `outliers` and `observed` batches."""
@@ -143,7 +178,7 @@ class LatencyTable:
         self,
         seconds: Mapping[int, float],
         max_rows: int,
-        device: Interference | None = None,
+        device: Neighbours | None = None,
         *,
         is_stepped: bool = False,
         before: LatencyTable | None = None,

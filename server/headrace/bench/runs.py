@@ -129,6 +129,8 @@ def _trial(subject: Subject, setup: Setup, sizes: tuple[int, ...], seconds: floa
         seconds,
         is_first,
         recorded[0][1] if recorded else None,
+        effective.processing,
+        effective.output_names,
     )
 
 

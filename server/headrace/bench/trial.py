@@ -9,15 +9,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from headrace.backends.base import Array, Backend
+from headrace.backends.base import Array, ArtifactSignature, Backend, Expected
+from headrace.backends.processed import processed
+from headrace.backends.processing import Processing
 from headrace.bench.choice import Sample
 from headrace.config import InstanceConfig
 from headrace.errors import HeadraceError, LoadError
@@ -49,6 +51,9 @@ class Trial:
     seconds: float
     is_first: bool
     recorded: Mapping[str, Array] | None = None
+    processing: Processing = field(default_factory=Processing)
+    output_names: Sequence[str] = ()
+    """The artifact's."""
 
 
 def run_trial(trial: Trial) -> dict[int, Sample]:
@@ -93,7 +98,7 @@ def main() -> None:
 def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
     """In this process."""
     with ExitStack() as stack:
-        instances = [stack.enter_context(_Instance.open(backend(trial.path, trial.instance))) for _ in range(trial.instance.count)]
+        instances = [stack.enter_context(_Instance.open(_make(trial, backend))) for _ in range(trial.instance.count)]
         inputs = _find_inputs(trial, instances[0])
         samples: dict[int, Sample] = {}
         falls = 0
@@ -109,6 +114,12 @@ def measure(trial: Trial, backend: type[Backend]) -> dict[int, Sample]:
             if falls == CLEAR_FALLS or longest > LONGEST_BATCH:
                 break
         return samples
+
+
+def _make(trial: Trial, backend: type[Backend]) -> Backend:
+    made = backend(trial.path, trial.instance)
+    made.expect(Expected(ArtifactSignature(trial.signature.inputs, trial.signature.outputs), trial.signature))
+    return processed(made, trial.processing, trial.output_names)
 
 
 class _Instance:

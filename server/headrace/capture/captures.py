@@ -21,7 +21,7 @@ from headrace.capture.records import Buffer, Captured, CapturedTensor, encode_re
 from headrace.capture.ring import Ring
 from headrace.capture.sampling import CaptureSampler
 from headrace.lifecycle.effective import EffectiveModel
-from headrace.requests import InputTensor, TensorBytes, Ticket
+from headrace.requests import DeviceMemory, InputTensor, TensorBytes, Ticket
 from headrace.signature import Signature
 from headrace.telemetry.log import get_logger
 from headrace.threads import be_patient
@@ -161,6 +161,7 @@ class Captures:
             starts.append(start)
             start += ticket.rows
         now, clock = time.monotonic(), time.time()
+        batch = batch.to_keep()
         for position in chosen:
             ticket = tickets[position]
             self._keep(_pending(owner, batch, ticket, starts[position], clock - (now - ticket.arrived)))
@@ -249,7 +250,7 @@ def _size(inputs: Sequence[TensorBytes]) -> int:
         if isinstance(data, (bytes, memoryview)):
             whole = data.obj if isinstance(data, memoryview) else data
             messages[id(whole)] = memoryview(whole).nbytes
-        else:
+        elif not isinstance(data, DeviceMemory):
             elements: list[bytes] = data.ravel().tolist()
             strings += sum([STRING + len(element) for element in elements])
     return strings + sum(messages.values())
@@ -257,7 +258,7 @@ def _size(inputs: Sequence[TensorBytes]) -> int:
 
 def _is_shared(data: TensorBytes) -> bool:
     """A view of something else than a received message: of a region of shared memory."""
-    return isinstance(data, memoryview) and not isinstance(data.obj, bytes)
+    return isinstance(data, DeviceMemory) or (isinstance(data, memoryview) and not isinstance(data.obj, bytes))
 
 
 def _captured(pending: _Pending) -> Captured:
@@ -278,6 +279,7 @@ def _captured(pending: _Pending) -> Captured:
 
 
 def _input_bytes(data: TensorBytes) -> Buffer:
+    assert not isinstance(data, DeviceMemory), "what lies elsewhere is not captured"
     return data if isinstance(data, (bytes, memoryview)) else encode_bytes_tensor(data)
 
 

@@ -118,6 +118,7 @@ class DriftWatch:
         if self._is_closed:
             return
         try:
+            batch = batch.to_keep()
             kept = Kept(batch.tickets[0].key, batch.rows, batch.inputs, batch.outputs, batch.arrays)
             if self._is_exact:
                 self._count_now([kept])

@@ -135,7 +135,7 @@ class VersionFeedback:
             with self._lock:
                 self._unidentified += len(requests)
             return
-        array = batch.arrays[batch.outputs.index(self._subject.output)]
+        array = batch.to_keep().arrays[batch.outputs.index(self._subject.output)]
         output = array[: batch.rows].reshape(batch.rows, -1) if self._is_batching else array.reshape(1, -1)
         if not output.shape[1]:
             with self._lock:
@@ -254,7 +254,7 @@ class Feedbacks:
         if not config.enabled:
             return None
         try:
-            subject = choose(effective.signature, config, effective.labels)
+            subject = choose(effective.signature, config, effective.labels, effective.ranked)
         except ConfigError as error:
             # Of serving nothing depends on it.
             log.warning("feedback not taken", model=name, version=version, reason=str(error))

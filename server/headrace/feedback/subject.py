@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,11 +45,14 @@ class Subject:
     names: tuple[str, ...] = ()
 
 
-def choose(signature: Signature, config: FeedbackConfig, labels: Mapping[str, tuple[str, ...]]) -> Subject:
-    """Raises ConfigError where no output can be what model.toml wants of it."""
+def choose(
+    signature: Signature, config: FeedbackConfig, labels: Mapping[str, tuple[str, ...]], ranked: Collection[str] = frozenset()
+) -> Subject:
+    """`ranked`: outputs with a row's classes by rank, the first of which is the prediction. Raises ConfigError where no output can be what
+    model.toml wants of it."""
     specs = {spec.name: spec for spec in signature.outputs}
     spec = specs[config.output] if config.output else _likely(signature, labels)
-    kind = _kind(spec, _tail(signature, spec), config.kind)
+    kind = _kind(spec, (1,) if spec.name in ranked and config.kind != "regression" else _tail(signature, spec), config.kind)
     names = next((each for each in (labels.get(spec.name, ()), *labels.values()) if each), ()) if kind.is_classification else ()
     return Subject(spec.name, kind, spec.datatype, names)
 

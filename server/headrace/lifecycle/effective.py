@@ -12,10 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from headrace.backends.base import ArtifactSignature, BackendRegistry, select_file
+from headrace_kernels.topk import TopK
+
+from headrace.backends.base import ArtifactSignature, Backend, BackendRegistry, Expected, select_file
+from headrace.backends.processed import processed
+from headrace.backends.processing import Processing, classes_of
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.config_loading import option_keys
 from headrace.errors import ConfigError, LoadError
+from headrace.lifecycle.processing import Visible, apply_processing
 from headrace.model_files import load_labels
 from headrace.signature import Shape, Signature, TensorSpec, format_shape
 
@@ -29,7 +34,8 @@ class EffectiveModel:
     """Everything settled, nothing left to infer.
 
     `batching.max_batch_size` is a number and equals `signature.max_batch_size`; `provenance` maps a dotted key to where its
-    value came from; `notes` are sentences worth showing at load and in `headrace check`; `labels` are by output name.
+    value came from; `notes` are sentences worth showing at load and in `headrace check`; `labels` are by output name. `signature`,
+    `config` and `labels` are of the tensors that clients see, `artifact` of what the model takes and gives between its `processing`.
     """
 
     config: ModelConfig
@@ -43,6 +49,23 @@ class EffectiveModel:
     provenance: Mapping[str, str]
     notes: tuple[str, ...] = ()
     labels: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    processing: Processing = dataclasses.field(default_factory=Processing)
+
+    @property
+    def output_names(self) -> list[str]:
+        """The artifact's."""
+        return [spec.name for spec in self.artifact.outputs]
+
+    @property
+    def ranked(self) -> frozenset[str]:
+        """The outputs that clients see with a row's classes by rank."""
+        return frozenset(classes_of(name) for name, step in self.processing.outputs.items() if isinstance(step, TopK))
+
+    def make(self, backend: type[Backend], path: Path, instance: InstanceConfig, *, is_signed: bool = False) -> Backend:
+        """An instance to load, which knows what will be asked of it and does to tensors what is to be done."""
+        made = backend(path, instance)
+        made.expect(Expected(self.artifact, self.signature, self.batching.allowed_batch_sizes, is_signed))
+        return processed(made, self.processing, self.output_names)
 
 
 def resolve_model(
@@ -51,10 +74,12 @@ def resolve_model(
     version_directory: Path,
     backends: BackendRegistry,
     known: ArtifactSignature | None = None,
+    *,
+    is_signed: bool = False,
 ) -> EffectiveModel:
     """Read the artifact of one version. Raises ConfigError or LoadError with what to change. Blocking.
 
-    `known`: what an artifact says that may have the same graph; then it is not opened for that.
+    `known`: what an artifact says that may have the same graph; then it is not opened for that. `is_signed`: as in Expected.
     """
     backend_name = config.backend or _detect_backend(version_directory, backends)
     backend = backends.get(backend_name)
@@ -65,6 +90,7 @@ def resolve_model(
     if Path(filename).name != filename:
         raise ConfigError(f"{_source(config)}: filename: expected a name in the version directory, without a path, got '{filename}'")
     path = select_file(version_directory, filename)
+    backend.check_trusted(path, config.instances, is_signed=is_signed)
     graph = backend.graph_digest(path)
     artifact = known if known and graph and known.graph == graph else dataclasses.replace(backend.inspect(path), graph=graph)
     labels = {tensor.name: load_labels(model_directory, tensor.labels) for tensor in config.outputs if tensor.labels}
@@ -106,23 +132,25 @@ def resolve(
     size = inferred if asked is None else asked
     batching = dataclasses.replace(config.batching, max_batch_size=size)
     _check_allowed_sizes(config, size, reason)
+    seen = apply_processing(
+        config,
+        _settle(config, "input", artifact.inputs, config.inputs, bool(size)),
+        _settle(config, "output", artifact.outputs, config.outputs, bool(size)),
+        labels,
+    )
     return EffectiveModel(
-        config=config,
+        config=seen.config,
         backend=backend,
         platform=platform,
         filename=filename,
-        signature=Signature(
-            config.name,
-            _settle(config, "input", artifact.inputs, config.inputs, bool(size)),
-            _settle(config, "output", artifact.outputs, config.outputs, bool(size)),
-            size,
-        ),
+        signature=Signature(config.name, seen.inputs, _settle_classes(config, artifact, seen, bool(size)), size),
         batching=batching,
         instances=config.instances,
         artifact=artifact,
         provenance=_provenance(config, artifact, filename, reason),
-        notes=(*config.notes, *_batching_notes(config, artifact, size, reason)),
-        labels=labels,
+        notes=(*config.notes, *_batching_notes(config, artifact, size, reason), *seen.notes),
+        labels=seen.labels,
+        processing=seen.processing,
     )
 
 
@@ -195,9 +223,14 @@ def _check_allowed_sizes(config: ModelConfig, largest: int, reason: str) -> None
 
 def _check_names(config: ModelConfig, artifact: ArtifactSignature) -> None:
     """Raises ConfigError for a tensor in the configuration that the artifact does not have, and for one that is there twice."""
-    for kind, overrides, specs in (("input", config.inputs, artifact.inputs), ("output", config.outputs, artifact.outputs)):
-        known = [spec.name for spec in specs]
-        names = [override.name for override in overrides]
+    inputs, outputs = [spec.name for spec in artifact.inputs], [spec.name for spec in artifact.outputs]
+    visible = [*outputs, *[classes_of(step.output) for step in config.postprocess if step.top_k and step.output in outputs]]
+    for kind, names, known in (
+        ("input", [each.name for each in config.inputs], inputs),
+        ("output", [each.name for each in config.outputs], visible),
+        ("[[preprocess]] input", [step.input for step in config.preprocess], inputs),
+        ("[[postprocess]] output", [step.output for step in config.postprocess], outputs),
+    ):
         for name in names:
             if name not in known:
                 raise ConfigError(
@@ -205,12 +238,11 @@ def _check_names(config: ModelConfig, artifact: ArtifactSignature) -> None:
                 )
             if names.count(name) > 1:
                 raise ConfigError(f"{_source(config)}: {kind} '{name}' is there twice")
-    inputs, outputs = [spec.name for spec in artifact.inputs], [spec.name for spec in artifact.outputs]
     # A mistyped name would have the tensor written that nobody is to see.
     for name in config.capture.redact:
-        _check_named(config, "[capture] redact", name, inputs + outputs)
+        _check_named(config, "[capture] redact", name, inputs + visible)
     if config.feedback.output:
-        _check_named(config, "[feedback] output", config.feedback.output, outputs)
+        _check_named(config, "[feedback] output", config.feedback.output, visible)
 
 
 def _check_named(config: ModelConfig, key: str, name: str, known: Sequence[str]) -> None:
@@ -227,6 +259,14 @@ def _settle(
     except ConfigError as error:
         reason = str(error)
     raise ConfigError(f"{_source(config)}: {reason}")
+
+
+def _settle_classes(config: ModelConfig, artifact: ArtifactSignature, seen: Visible, is_batching: bool) -> tuple[TensorSpec, ...]:
+    """The outputs that clients see; what the configuration says of those of classes, which the artifact does not have, is checked."""
+    known = {spec.name for spec in artifact.outputs}
+    added = [spec for spec in seen.outputs if spec.name not in known]
+    settled = {spec.name: spec for spec in _settle(config, "output", added, config.outputs, is_batching)}
+    return tuple([settled.get(spec.name, spec) for spec in seen.outputs])
 
 
 _NOTHING = TensorConfig()
@@ -285,6 +325,10 @@ def _provenance(config: ModelConfig, artifact: ArtifactSignature, filename: str,
             override = next((o for o in overrides if o.name == spec.name), None)
             has_changed = override is not None and (override.shape is not None or override.optional is not None)
             origins[f"{kind}.{spec.name}"] = f"{filename}, {_source(config)}" if has_changed else filename
+    for step in config.preprocess:
+        origins[f"input.{step.input}"] = f"{_source(config)} [[preprocess]]"
+    for after in config.postprocess:
+        origins[f"output.{after.output}"] = origins[f"output.{classes_of(after.output)}"] = f"{_source(config)} [[postprocess]]"
     return origins
 
 

@@ -28,7 +28,8 @@ class Actor:
 class Event:
     """One line of the audit log. `number` counts from 1 within a run of the server; `at` is the wall clock, in seconds.
 
-    `kind`: loading, live, failed, unloaded, flip, label, traffic, rollout, promoted, rolled_back, taken_up, source_error, source_recovered.
+    `kind`: loading, live, failed, unloaded, flip, label, traffic, rollout, promoted, rolled_back, taken_up, source_error, source_recovered,
+    device_lost.
     `version` 0: the model as a whole, or no version. `reason` is for people; `fields` depend on the kind.
     """
 

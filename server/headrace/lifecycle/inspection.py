@@ -22,8 +22,8 @@ from headrace.sources.verification import verify_version
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time. `digest` is the
-    manifest's sha256; both it and the manifest are there for published versions only."""
+    """What a look at the files tells. Bytes: `needed` to load it (an upper bound), `available` at that time, on its devices too.
+    `digest` is the manifest's sha256; both it and the manifest are there for published versions only."""
 
     effective: EffectiveModel
     needed: int
@@ -32,19 +32,23 @@ class Inspection:
     manifest: Manifest | None
     recorded: Recorded = ()
     reference: Reference | None = None
+    is_signed: bool = False
 
 
 def inspect(config: ModelConfig, fetched: Fetched, backends: BackendRegistry, known: ArtifactSignature | None = None) -> Inspection:
     """Nothing of the artifact is parsed before it is known to be what was published. Blocking."""
     directory = fetched.version_directory
-    manifest, digest = verify_version(config, fetched.model_directory, directory)
-    effective = resolve_model(config, fetched.model_directory, directory, backends, known)
-    needed = backends[effective.backend].estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    verified = verify_version(config, fetched.model_directory, directory)
+    effective = resolve_model(config, fetched.model_directory, directory, backends, known, is_signed=verified.is_signed)
+    backend = backends[effective.backend]
+    needed = backend.estimate_memory(select_file(directory, effective.filename)) * effective.instances.count
+    spaces = backend.devices(effective.instances.device)
+    available = min([available_memory(), *([sum(space.free for space in spaces)] if spaces else [])])
     recorded = read_recorded(effective.signature, fetched.model_directory, directory)
     reference = _read_reference(effective, directory)
     # What it says of values is known to make sense before anything is loaded.
     make_checks(effective, reference, lambda *_: None)
-    return Inspection(effective, needed, available_memory(), digest, manifest, recorded, reference)
+    return Inspection(effective, needed, available, verified.digest, verified.manifest, recorded, reference, is_signed=verified.is_signed)
 
 
 def _read_reference(effective: EffectiveModel, directory: Path) -> Reference | None:

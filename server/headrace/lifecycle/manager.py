@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 
-from headrace.backends.base import BackendRegistry
+from headrace.backends.base import CPU, BackendRegistry
+from headrace.backends.worker import Worker
 from headrace.batching.batcher import Schedule, Timer, at_once
-from headrace.batching.latency import Interference
 from headrace.drift.monitor import DriftMonitors
-from headrace.errors import NotFound, NotReady, ShuttingDown
+from headrace.errors import DeviceLost, NotFound, NotReady, ShuttingDown
 from headrace.lifecycle.attachments import Attachment
+from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.events import EventLog
 from headrace.lifecycle.memory import return_memory
 from headrace.lifecycle.model import Model
@@ -56,6 +56,7 @@ class ModelManager:
     ) -> None:
         self.event_log = EventLog()
         self.models: dict[str, Model] = {}
+        self.devices = Devices()
         self.source_errors: dict[str, str] = {}
         self.conflicts: list[str] = []
         self._remembered: dict[str, tuple[Mapping[Key, str], Mapping[str, int]]] = {}
@@ -67,8 +68,6 @@ class ModelManager:
         self._has_settled = False
         self._is_stopping = False
         self._trim: asyncio.TimerHandle | None = None
-        self._interference: defaultdict[str, Interference] = defaultdict(Interference)
-        """By device."""
         self._parts = Parts(
             backends=backends,
             timer=timer,
@@ -79,11 +78,12 @@ class ModelManager:
             records=records,
             drift=drift,
             attachments=attachments,
-            interference=self._interference.__getitem__,
+            devices=self.devices,
             drain_grace=drain_grace,
             pause=pause,
             notify=self._notify,
             unloaded=self._unloaded,
+            lost=self._lost,
         )
 
     def __repr__(self) -> str:
@@ -140,11 +140,15 @@ class ModelManager:
         if entry is None:
             return NotFound(f"{subject} is not found")
         if not version:
+            lost = [each for each in entry.versions if each.is_lost]
+            if lost:
+                return NotReady(f"{subject} version {lost[-1].version} is not at ready state: {lost[-1].reason}")
             return NotFound(f"{subject} has no available versions")
         number = parse_version(version, entry.route.labels)
         if number not in {each.version for each in entry.versions}:
             return NotFound(f"{subject} version {version} is not found")
-        return NotReady(f"{subject} version {version} is not at ready state")
+        reasons = [f": {each.reason}" for each in entry.versions if each.version == number and each.is_lost]
+        return NotReady(f"{subject} version {version} is not at ready state{''.join(reasons[-1:])}")
 
     def find(self, model: str, version: str) -> Sequence[ModelVersion]:
         return [
@@ -311,6 +315,20 @@ class ModelManager:
             self._remembered[name] = (dict(gone.blocked), gone.labels.moved)
         for callback in list(self._subscribers):
             callback()
+
+    def _lost(self, version: ModelVersion, worker: Worker, device: str, error: DeviceLost) -> None:
+        """An instance's device runs nothing any more: whatever else is there is taken out as well. The host is never given up for what one
+        instance says, which may have an accelerator that it does not name."""
+        is_shared = device != CPU
+        if is_shared and self.devices.lose(device, str(error)):
+            log.error("device lost", device=device, reason=str(error))
+        for each in self._versions():
+            gone = each.instances.on(device) if is_shared else [worker] if each is version else []
+            if gone:
+                fields = {"device": device, "instances": str(len(gone))}
+                self.event_log.record("device_lost", each.model, each.version, reason=str(error), fields=fields)
+                each.take_out(gone, error)
+        self._notify()
 
     def _unloaded(self, version: ModelVersion) -> None:
         self._left_behind = [each for each in [*self._left_behind, version] if each.is_busy]

@@ -40,6 +40,7 @@ from headrace.telemetry.log import get_logger
 
 log = get_logger(__name__)
 
+RETRY_AFTER_LOSS = 1.0
 REMEMBERED = 4
 """Unloaded versions that the index still shows."""
 
@@ -116,7 +117,8 @@ class Model:
             {number: want.token for number, want in self.offer.versions.items()},
             self.offer.config.version_policy,
             blocked=self.blocked.keys(),
-            failed={version.key for version in self.versions if version.state is VersionState.FAILED},
+            # Of a lost device no version is to blame: an older one in its place would be no better.
+            failed={version.key for version in self.versions if version.state is VersionState.FAILED and not version.is_lost},
             labelled=self.labels.versions,
             serving=self._serving,
         )
@@ -207,7 +209,7 @@ class Model:
         if step.action is Action.START:
             self._start(step.key)
             return
-        version = next(v for v in self.versions if v.key == step.key and v not in self._leaving)
+        version = next(v for v in self.versions if v.key == step.key and v not in self._leaving and v.state is not VersionState.UNLOADED)
         if step.action is Action.LOAD:
             version.displaces = self._swap_policy() is SwapPolicy.RESOURCE
             version.allow_load()
@@ -236,10 +238,11 @@ class Model:
             timer=self._parts.timer,
             schedule=self._parts.schedule,
             records=self._parts.records,
-            interference=self._parts.interference,
+            devices=self._parts.devices,
             drift=self._parts.drift,
             attachments=self._parts.attachments,
             on_change=self._version_changed,
+            on_lost=self._parts.lost,
             pause=self._parts.pause,
         )
         self.versions.append(version)
@@ -277,14 +280,19 @@ class Model:
         if event is not None:
             self._parts.events.record(event[0], self.name, version.version, reason=version.reason, fields=event[1])
         if version.state is VersionState.FAILED:
+            if version.load_seconds:
+                self._parts.tasks.start(version.put_away(), f"put away {version.name}")
             self._retry_later(version)
         self.changed()
 
     def _retry_later(self, version: ModelVersion) -> None:
-        """Not where the old version would have to go again to make room for what may fail again."""
-        count = self._failures[version.key] = self._failures.get(version.key, 0) + 1
-        if not version.displaces:
-            asyncio.get_running_loop().call_later(retry_delay(count), self._retry, version)
+        """Not where the old version would have to go again to make room for what may fail again. What was live and lost its devices is
+        tried again soon: there may be others."""
+        has_served = bool(version.load_seconds)
+        count = self._failures[version.key] = 1 if has_served else self._failures.get(version.key, 0) + 1
+        if has_served or not version.displaces:
+            delay = RETRY_AFTER_LOSS if has_served else retry_delay(count)
+            asyncio.get_running_loop().call_later(delay, self._retry, version)
 
     def _retry(self, version: ModelVersion) -> None:
         if version in self.versions and version.state is VersionState.FAILED and not self._is_closed:

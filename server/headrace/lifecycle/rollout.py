@@ -85,19 +85,19 @@ class Evidence:
 def evidence(now: CounterSnapshot, before: CounterSnapshot | None = None, *, compared: int = 0, disagreeing: int = 0) -> Evidence:
     """What the same counters counted after `before`; all of it when that is None."""
     failed = sum([now.failures[reason] for reason in _AT_FAULT])
-    sizes = {rows: _size_times(counts) for rows, counts in now.batch_sizes.items()}
+    sizes = {rows: _size_times(counts) for rows, counts in now.batch_sizes.items() if counts.costs}
     if before is None:
         return Evidence(now.success, failed, now.nonfinite, sizes, compared, disagreeing)
     for rows, counts in before.batch_sizes.items():
-        times, earlier = sizes.pop(rows), _size_times(counts)
-        if times.batches > earlier.batches:
+        times, earlier = sizes.pop(rows, None), _size_times(counts)
+        if times is not None and times.batches > earlier.batches:
             sizes[rows] = SizeTimes(times.batches - earlier.batches, *[a - b for a, b in zip(times[1:], earlier[1:], strict=True)])
     failed -= sum([before.failures[reason] for reason in _AT_FAULT])
     return Evidence(now.success - before.success, failed, now.nonfinite - before.nonfinite, sizes, compared, disagreeing)
 
 
 def _size_times(counts: BatchSizeCounts) -> SizeTimes:
-    return SizeTimes(counts.executions, counts.cost, counts.cost_squares, counts.cost_logs, counts.cost_log_squares)
+    return SizeTimes(counts.costs, counts.cost, counts.cost_squares, counts.cost_logs, counts.cost_log_squares)
 
 
 # -- the judgement ---------------------------------------------------------------------------------------------------------

@@ -24,10 +24,11 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from headrace.errors import HeadraceError
-from headrace.requests import Answer, InferRequest, Outlet, Reply
+from headrace.requests import Answer, InferRequest, Outlet, Reply, RequestedOutput
 from headrace.signature import DataType, format_shape
 from headrace.telemetry.log import get_logger
 from headrace.threads import be_patient
+from headrace.wire.classification import CLASSIFICATION, RANKABLE, decode_classes
 from headrace.wire.messages import ModelInferResponse
 from headrace.wire.tensors import decode_bytes_tensor
 
@@ -41,6 +42,8 @@ FARTHEST = 1e9
 """What counts in the sum of distances for those that are no number, since a sum with an infinity says nothing ever after."""
 _TIE = 1e-6
 """Scores closer than that, as a part of 1 + |score|, are in no order: another order of additions swaps them."""
+_ROUNDING = 0.5000001e-6
+"""Of a float in a classification, which has six decimals: what they cannot tell apart is equal."""
 
 
 # -- comparison: pure ------------------------------------------------------------------------------------------------------
@@ -60,6 +63,7 @@ def compare_answers(live: bytes, shadow: bytes, tolerance: float) -> Comparison:
 
     A row of floats differs when an element is off by more than `tolerance` times 1 + |live|, or, where the output looks like
     scores of classes ([rows, more than one]), when it ranks another class first. NaN agrees with NaN, and an infinity with itself.
+    A live classification is compared with the shadow's scores of the classes that it names: see `_copy`.
     """
     try:
         old, new = _decode(live), _decode(shadow)
@@ -93,6 +97,10 @@ def _decode(message: bytes) -> dict[str, _Output]:
 
 
 def _compare_output(name: str, live: _Output, shadow: _Output, tolerance: float) -> Comparison:
+    if live.datatype is DataType.BYTES and shadow.datatype in RANKABLE:
+        named = _named_scores(live.array, shadow.array)
+        if named is not None:
+            return _compare_classes(name, *named, tolerance)
     if live.datatype is not shadow.datatype or live.array.shape != shadow.array.shape:
         expected, got = [f"{each.datatype.value} {format_shape(each.array.shape)}" for each in (live, shadow)]
         return Comparison(False, np.inf, f"output '{name}': expected {expected}, got {got}")
@@ -122,6 +130,30 @@ def _compare_floats(name: str, live: Array, shadow: Array, tolerance: float) -> 
         if swapped:
             return Comparison(False, distance, f"output '{name}': {swapped} of {len(a)} rows rank another class first")
     return Comparison(True, distance)
+
+
+def _named_scores(strings: Array, scores: Array) -> tuple[Array, Array, Array] | None:
+    """By rows: the values of a classification, the scores of the same classes, and all scores. None where these do not belong together."""
+    rows = len(strings) if strings.ndim == 2 else 1
+    try:
+        values, classes = decode_classes(strings.reshape(rows, -1))
+        every = scores.reshape(rows, -1).astype(np.float64)
+        return values, np.take_along_axis(every, classes, axis=1), every
+    except (ValueError, IndexError):
+        return None
+
+
+def _compare_classes(name: str, values: Array, chosen: Array, every: Array, tolerance: float) -> Comparison:
+    with np.errstate(invalid="ignore"):
+        is_same = np.abs(values - chosen) <= _ROUNDING
+    found = _compare_floats(name, values, np.where(is_same, values, chosen), tolerance)
+    if not found.agrees or not values.size or not np.isfinite(every).all():
+        return found
+    best = every.max(axis=1)
+    swapped = int(np.count_nonzero(best - chosen[:, 0] > _TIE * (1 + np.abs(best))))
+    if swapped:
+        return Comparison(False, found.distance, f"output '{name}': {swapped} of {len(values)} rows rank another class first")
+    return found
 
 
 def _rank_differently(live: Array, shadow: Array) -> int:
@@ -355,6 +387,8 @@ class Shadow:
 
 
 def _copy(request: InferRequest) -> InferRequest:
-    """Tensors are shared, nobody writes to them; how long its caller would wait is nothing to the copy."""
+    """Tensors are shared, nobody writes to them; how long its caller would wait is nothing to the copy. Where the caller wants a
+    classification the copy asks for the scores: strings differ by their last decimals, and say nothing of the classes behind."""
     parameters = {name: value for name, value in request.parameters.items() if name != "timeout"}
-    return InferRequest(request.model, request.version, request.id, request.inputs, request.outputs, parameters)
+    outputs = [RequestedOutput(each.name) if CLASSIFICATION in each.parameters else each for each in request.outputs]
+    return InferRequest(request.model, request.version, request.id, request.inputs, outputs, parameters)

@@ -30,7 +30,7 @@ MOVES: dict[VersionState, frozenset[VersionState]] = {
     _S.VERIFYING: frozenset({_S.LOADING, _S.FAILED, _S.UNLOADING}),
     _S.LOADING: frozenset({_S.WARMING, _S.FAILED, _S.UNLOADING}),
     _S.WARMING: frozenset({_S.LIVE, _S.FAILED, _S.UNLOADING}),
-    _S.LIVE: frozenset({_S.DRAINING}),
+    _S.LIVE: frozenset({_S.DRAINING, _S.FAILED}),
     _S.DRAINING: frozenset({_S.UNLOADING}),
     _S.UNLOADING: frozenset({_S.UNLOADED}),
     _S.UNLOADED: frozenset(),

@@ -11,27 +11,31 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from typing import TypeVar
 
-from headrace.backends.base import Backend, BackendRegistry, select_file
-from headrace.backends.worker import BatchRunner, WarmUp, Worker
-from headrace.batching.batcher import Batcher, Schedule, Timer
-from headrace.batching.latency import Interference, LatencyStats, LatencyTable, inline_rows
+from headrace.backends.base import Backend, BackendRegistry
+from headrace.backends.runner import BatchRunner
+from headrace.backends.worker import WarmUp, Worker
+from headrace.batching.batcher import Batcher, Instance, Schedule, Timer
+from headrace.batching.latency import LatencyStats, LatencyTable, inline_rows
 from headrace.drift.monitor import DriftMonitors
 from headrace.drift.verdict import DriftReport
 from headrace.drift.watch import DriftWatch, Subject
-from headrace.errors import HeadraceError, LoadError, NotReady
+from headrace.errors import DeviceLost, HeadraceError, LoadError, NotReady
 from headrace.lifecycle.admission import make_ticket, make_tickets
 from headrace.lifecycle.attachments import Attached, Attachment
+from headrace.lifecycle.devices import Devices
 from headrace.lifecycle.drift_subject import drift_subject
 from headrace.lifecycle.effective import EffectiveModel, without_batching
 from headrace.lifecycle.inspection import Inspection, inspect
+from headrace.lifecycle.instances import Instances
 from headrace.lifecycle.memory import resident_bytes
 from headrace.lifecycle.policy import Key
 from headrace.lifecycle.state import VersionState, check_move
 from headrace.lifecycle.value_checks import ValueChecks, make_checks
 from headrace.lifecycle.view import Call, Refused
 from headrace.lifecycle.wanted import WantedVersion
-from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, batch_sizes, has_free_dimension, warm_up
+from headrace.lifecycle.warm_up import NOTHING_KNOWN, BatchAxisError, Known, has_free_dimension
 from headrace.requests import Alike, InferRequest, Reply
 from headrace.signature import Signature
 from headrace.sources.base import Fetched
@@ -43,10 +47,7 @@ from headrace.wire.codec import ResponseEncoder
 
 log = get_logger(__name__)
 
-LONGEST_JOIN = 30.0
-SHORTEST_JOIN = 1.0
-"""Seconds for instances to end their last batch and close, also when the grace is used up: most need milliseconds."""
-
+T = TypeVar("T")
 
 PAUSE = 0.2
 """Seconds between looking at a version, loading it and warming it up, while another one serves: longer than most requests take, so
@@ -55,7 +56,7 @@ throughout: p99 while swapping 1.28 times the steady one without, 1.08-1.14 with
 
 
 class ModelVersion:
-    """Owns one version's state, its batcher and its workers. Lives on the event loop, but for `submit`: any thread."""
+    """Owns one version's state, its batcher and its instances. Lives on the event loop, but for `submit`: any thread."""
 
     def __init__(
         self,
@@ -63,11 +64,12 @@ class ModelVersion:
         *,
         timer: Callable[[], Timer],
         schedule: Schedule,
+        devices: Devices,
         records: RequestRecords | None = None,
-        interference: Callable[[str], Interference] | None = None,
         drift: DriftMonitors | None = None,
         attachments: Sequence[Attachment] = (),
         on_change: Callable[[ModelVersion], None],
+        on_lost: Callable[[ModelVersion, Worker, str, DeviceLost], None],
         pause: float = PAUSE,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -80,6 +82,8 @@ class ModelVersion:
         self.is_prepared = False
         self.displaces = False
         """Whether the version that served had to make room for it."""
+        self.is_lost = False
+        """Whether what it failed of is its devices."""
         self.inspection: Inspection | None = None
         self.memory_bytes = 0
         self.effective: EffectiveModel | None = None
@@ -89,21 +93,21 @@ class ModelVersion:
         self._timer = timer
         self._schedule = schedule
         self._records = records.of_version(want.model, want.version, self.counters.exemplars) if records is not None else None
-        self._interference = interference
         self._drift = drift
         self._watch: DriftWatch | None = None
         self._attachments = attachments
         self._attached: list[Attached] = []
         self._checks: ValueChecks | None = None
         self._on_change = on_change
+        self._on_lost = on_lost
         self._pause = pause
         self._clock = clock
         self._batcher: Batcher | None = None
-        self._workers: list[Worker] = []
-        self._runners: list[BatchRunner] = []
-        self._inspection_thread: threading.Thread | None = None
+        self.instances = Instances(want.model, want.version, devices)
+        self._loop = asyncio.get_running_loop()
+        self._look_thread: threading.Thread | None = None
         self._fetched: Fetched | None = None
-        self._leave: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._leave: asyncio.Future[None] = self._loop.create_future()
 
     def __repr__(self) -> str:
         return f"ModelVersion({self.model}:{self.version}, {self.state.value}, {self._batcher!r})"
@@ -127,8 +131,8 @@ class ModelVersion:
     @property
     def is_busy(self) -> bool:
         """Whether a thread of this version still runs, serving or left behind inside a call that cannot be interrupted."""
-        inspecting = self._inspection_thread is not None and self._inspection_thread.is_alive()
-        return inspecting or any(worker.is_alive for worker in self._workers)
+        is_looking = self._look_thread is not None and self._look_thread.is_alive()
+        return is_looking or self.instances.is_alive
 
     @property
     def pending_rows(self) -> int:
@@ -228,7 +232,7 @@ class ModelVersion:
                 self.move(VersionState.VERIFYING)
                 before = predecessor()
                 known = before.effective.artifact if before is not None and before.effective is not None else None
-                inspection = await self._inspect(lambda: inspect(self.want.config, fetched, backends, known))
+                inspection = await self._look(lambda: inspect(self.want.config, fetched, backends, known))
             self.inspection = inspection
             self.is_prepared = True
             self._on_change(self)
@@ -244,6 +248,7 @@ class ModelVersion:
             self.abandon()
             raise
         except HeadraceError as error:
+            self.is_lost = isinstance(error, DeviceLost)
             self._fail(str(error))
             return
         except Exception:
@@ -254,37 +259,37 @@ class ModelVersion:
         self.move(VersionState.LIVE)
         self._log_live()
 
-    async def _inspect(self, look: Callable[[], Inspection]) -> Inspection:
-        """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact is
-        nothing that a stopping server waits for."""
-        result: Future[Inspection] = Future()
+    async def _look(self, look: Callable[[], T]) -> T:
+        """In a thread of its own, not an executor's: those are waited for when the process ends, and reading a large artifact or waking
+        a driver is nothing that a stopping server waits for."""
+        result: Future[T] = Future()
 
         def run() -> None:
             result.set_running_or_notify_cancel()
             try:
                 with patient():
-                    inspection = look()
-                result.set_result(inspection)
+                    found = look()
+                result.set_result(found)
             except HeadraceError as error:
                 result.set_exception(error.with_traceback(None))
             except BaseException:
                 log.exception("version failed to load", model=self.model, version=self.version)
                 result.set_exception(LoadError("internal error while reading the model; the server's log has the reason"))
 
-        self._inspection_thread = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
-        self._inspection_thread.start()
+        self._look_thread = threading.Thread(target=run, name=f"{self.name} inspection", daemon=True)
+        self._look_thread.start()
         return await asyncio.wrap_future(result)
 
     def abandon(self) -> None:
         """No longer wanted before it was live. Threads inside a load end after it, by themselves."""
-        for worker in self._workers:
-            worker.stop()
+        self.instances.stop()
         self._release()
         self.move(VersionState.UNLOADING, "no longer wanted")
         self.move(VersionState.UNLOADED, "no longer wanted")
         log.info("version load abandoned", model=self.model, version=self.version)
 
     def _release(self) -> None:
+        self.instances.release()
         fetched, self._fetched = self._fetched, None
         if fetched is not None:
             fetched.release()
@@ -302,11 +307,11 @@ class ModelVersion:
         known, before = learnt_of(predecessor, effective), resident_bytes()
         subject = self._drift_subject(effective, predecessor)
         try:
-            warm = await self._start_workers(effective, directory, backend, known, pause)
+            warm = await self._start(effective, directory, backend, known, pause)
         except BatchAxisError as error:
             effective, known = without_batching(effective, str(error)), NOTHING_KNOWN
             subject = self._drift_subject(effective, predecessor)
-            warm = await self._start_workers(effective, directory, backend, NOTHING_KNOWN, pause)
+            warm = await self._start(effective, directory, backend, NOTHING_KNOWN, pause)
         # Of the whole process: loads side by side count for each other, and freed memory that is used again counts as nothing.
         self.memory_bytes = max(resident_bytes() - before, 0)
         if warm.failure:
@@ -318,49 +323,32 @@ class ModelVersion:
         self._watch = self._drift.watch(subject) if self._drift is not None and subject is not None else None
         self._open(effective, known.table)
 
-    async def _start_workers(
-        self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float
-    ) -> WarmUp:
-        path = select_file(directory, effective.filename)
-        sizes = batch_sizes(effective.batching.max_batch_size or 0, effective.batching.allowed_batch_sizes)
-        runs = effective.config.warmup_runs
-        workers = [Worker(f"{self.name}#{i}", backend(path, effective.instances)) for i in range(effective.instances.count)]
+    async def _start(self, effective: EffectiveModel, directory: Path, backend: type[Backend], known: Known, pause: float) -> WarmUp:
+        assert self.inspection is not None
+        await self.instances.make(effective, directory, backend, self.inspection, self._look)
         if self.state is VersionState.LOADING:
             self.move(VersionState.WARMING)
-        self._workers = workers
-        has_to_run_all = bool(effective.batching.allowed_batch_sizes)  # then each may have work of its own that is done once
-        warm = functools.partial(
-            warm_up,
-            signature=effective.signature,
-            sizes=sizes,
-            runs=runs,
-            must_run_all=has_to_run_all,
-            known=known,
-            recorded=self.inspection.recorded if self.inspection is not None else (),
-        )
-        ready = [asyncio.wrap_future(worker.prepare(warm, pause)) for worker in workers]
-        results = await asyncio.gather(*ready, return_exceptions=True)
-        errors = [result for result in results if isinstance(result, BaseException)]
-        if errors:
-            self._workers = await stop_workers(workers, time.monotonic() + LONGEST_JOIN)
-            raise errors[0].with_traceback(None)
-        return next(result for result in results if isinstance(result, WarmUp))
+        on_lost = functools.partial(self._on_lost, self)
+        return await self.instances.warm_up(effective, known, self.inspection.recorded, pause, on_lost)
 
     def _drift_subject(self, effective: EffectiveModel, predecessor: ModelVersion | None) -> Subject | None:
         if self._drift is None:
             return None
         published = self.inspection.reference if self.inspection is not None else None
-        before = predecessor._watch if predecessor is not None else None
+        # What was seen of tensors that something else was done to says nothing of these.
+        old = predecessor.effective if predecessor is not None else None
+        is_alike = old is not None and old.processing == effective.processing
+        before = predecessor._watch if predecessor is not None and is_alike else None
         return drift_subject(self.version, effective, published, before, self.counters)
 
     def _open(self, effective: EffectiveModel, before: LatencyTable | None) -> None:
         counters = self.counters
-        encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs)
+        encoder = ResponseEncoder(self.model, str(self.version), effective.signature.outputs, effective.labels)
         allowed = effective.batching.allowed_batch_sizes
         table = LatencyTable(
             self.latencies,
             effective.signature.max_batch_size,
-            self._interference(effective.instances.device) if self._interference else None,
+            self.instances.interference(),
             is_stepped=bool(allowed),
             before=before,
         )
@@ -373,18 +361,18 @@ class ModelVersion:
             schedule=self._schedule,
             shard=counters.shard(),
             on_dropped=self._records.dropped if self._records is not None else None,
+            instances=effective.instances.count,
+            on_lost=self._hear_of_loss,
         )
         attached = [attachment.attach(self.version, effective) for attachment in self._attachments]
         self._attached = [each for each in attached if each is not None]
         observers = [*([self._watch] if self._watch is not None else []), *self._attached]
         inline = inline_rows(self.latencies, table.worthwhile) if self._may_run_inline(effective) else 0
-        for worker in self._workers:
-            runner = BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers)
-            self._runners.append(runner)
-            if inline:
-                worker.serve_inline(batcher, runner, inline)
-            else:
-                worker.serve(batcher, runner)
+        self.instances.serve(
+            batcher,
+            lambda: BatchRunner(self.name, effective.signature, encoder, allowed, counters.shard(), self._records, observers),
+            inline,
+        )
         log.debug("instances opened", version=self.name, batch_limit=table.worthwhile, inline_rows=inline)
         self._batcher = batcher
 
@@ -406,6 +394,7 @@ class ModelVersion:
             backend=self.effective.backend,
             max_batch_size=self.effective.signature.max_batch_size,
             instances=self.effective.instances.count,
+            devices=self.instances.devices,
             seconds=round(self.load_seconds, 3),
         )
 
@@ -419,8 +408,37 @@ class ModelVersion:
 
     def screen_outputs(self, on: bool) -> None:
         """Count answers with NaN or infinity from the next batch on, or no longer. For a version that is live."""
-        for runner in self._runners:
-            runner.screen_outputs = on
+        self.instances.screen_outputs(on)
+
+    # -- lost devices --------------------------------------------------------------------------------------------------
+
+    def _hear_of_loss(self, instance: Instance, error: DeviceLost) -> None:
+        """From the instance's thread."""
+        with contextlib.suppress(RuntimeError):  # the loop may be gone
+            self._loop.call_soon_threadsafe(self._lose, instance, error)
+
+    def _lose(self, instance: Instance, error: DeviceLost) -> None:
+        found = self.instances.find(instance)
+        if found is not None:
+            self._on_lost(self, *found, error)
+
+    def take_out(self, workers: Sequence[Worker], error: DeviceLost) -> None:
+        """These run nothing any more; what waits goes to the others. Without others the version has failed, and what waits is refused."""
+        left = self.instances.take_out(workers)
+        if self._batcher is not None:
+            for worker in workers:
+                self._batcher.lose(worker, error)
+        log.error("instances lost", version=self.name, lost=len(workers), left=left, reason=str(error))
+        if left or self._batcher is None:
+            return
+        refusal = NotReady(f"Request for unknown model: '{self.model}' version {self.version} is not at ready state: {error}")
+        if self.state is VersionState.LIVE:
+            self.is_lost = True
+            self._batcher.stop_admitting(refusal, lambda: None)
+            self._fail(str(error))
+        self._batcher.fail_queued(refusal)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
 
     async def unload(self, grace: float, reason: str = "unloaded") -> None:
         """Drain what was admitted for at most `grace` seconds, fail the rest, and give everything back. Idempotent."""
@@ -431,13 +449,18 @@ class ModelVersion:
             self.move(VersionState.UNLOADING, reason)
         elif self.state is VersionState.FAILED:
             self.move(VersionState.UNLOADED, self.reason)
+            await self.put_away(deadline)
             return
         else:
             return
-        now = time.monotonic()
-        self._workers = await stop_workers(self._workers, min(max(deadline, now + SHORTEST_JOIN), now + LONGEST_JOIN))
+        await self.put_away(deadline)
+        self.move(VersionState.UNLOADED, reason)
+        log.info("version unloaded", model=self.model, version=self.version, reason=reason)
+
+    async def put_away(self, deadline: float = 0.0) -> None:
+        """Give everything back that serving took. Instances that are inside a call have until `deadline` to end it. Idempotent."""
+        await self.instances.close(deadline)
         self._batcher = None
-        self._runners = []
         if self._drift is not None and self._watch is not None:
             self._drift.forget(self._watch)
             self._watch = None
@@ -445,8 +468,6 @@ class ModelVersion:
             attached.close()
         self._attached = []
         self._release()
-        self.move(VersionState.UNLOADED, reason)
-        log.info("version unloaded", model=self.model, version=self.version, reason=reason)
 
     async def _drain(self, grace: float) -> None:
         assert self._batcher is not None
@@ -494,19 +515,9 @@ def learnt_of(before: ModelVersion | None, effective: EffectiveModel) -> Known:
     if before is None or before.effective is None:
         return NOTHING_KNOWN
     old = before.effective
-    is_alike = (old.backend, old.signature, old.batching, old.instances) == (
-        effective.backend, effective.signature, effective.batching, effective.instances,
+    is_alike = (old.backend, old.signature, old.batching, old.instances, old.processing) == (
+        effective.backend, effective.signature, effective.batching, effective.instances, effective.processing,
     )  # fmt: skip
     has_same_graph = bool(old.artifact.graph) and old.artifact.graph == effective.artifact.graph
     table = before._batcher.latencies if before._batcher is not None else None
     return Known(before.latencies, has_same_graph, table) if is_alike else NOTHING_KNOWN
-
-
-async def stop_workers(workers: Sequence[Worker], until: float) -> list[Worker]:
-    """Returns those that are still inside their backend at `until`, by time.monotonic(); they end by themselves after that call."""
-    for worker in workers:
-        worker.stop()
-    remaining = [worker for worker in workers if not await asyncio.to_thread(worker.join, max(until - time.monotonic(), 0.0))]
-    for worker in remaining:
-        log.error("worker did not end", worker=worker.name)
-    return remaining

@@ -73,7 +73,7 @@ def profile(
 def _loaded(subject: Subject, backends: BackendRegistry) -> Iterator[Backend]:
     effective = subject.effective
     path = select_file(subject.directory, effective.filename)
-    backend = backends[effective.backend](path, replace(effective.instances, count=1))
+    backend = effective.make(backends[effective.backend], path, replace(effective.instances, count=1))
     backend.load()
     try:
         yield backend

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Protocol
 
-from headrace.backends.base import Array, Backend, BackendRegistry, select_file
+from headrace.backends.base import Array, BackendRegistry, select_file
 from headrace.batching.assemble import as_array
 from headrace.capture.captures import output_bytes
 from headrace.capture.records import Captured, CapturedTensor
@@ -31,7 +31,7 @@ class LocalTarget:
     def __init__(self, effective: EffectiveModel, fetched: Fetched, backends: BackendRegistry) -> None:
         self._signature = effective.signature
         path = select_file(fetched.version_directory, effective.filename)
-        self._backend: Backend = backends[effective.backend](path, effective.instances)
+        self._backend = effective.make(backends[effective.backend], path, effective.instances)
 
     def __enter__(self) -> LocalTarget:
         self._backend.load()

@@ -11,13 +11,13 @@ from typing import Any, TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from headrace.client_memory import ClientMemory
 from headrace.errors import HeadraceError, InvalidRequest, LoadError, NotReady, ShuttingDown, Unsupported
 from headrace.lifecycle.effective import EffectiveModel
 from headrace.lifecycle.state import VersionState
 from headrace.lifecycle.view import ModelsView, RepositoryControl, VersionView
 from headrace.rpc.repository_requests import read_load, read_unload
 from headrace.rpc.shared_memory import SharedMemoryService
-from headrace.shared_memory import SharedMemoryRegions
 from headrace.signature import TensorSpec
 from headrace.telemetry.counters import BatchSizeCounts, CounterSnapshot, Stage
 from headrace.wire import messages
@@ -28,13 +28,16 @@ CONTROL_EXTENSION = "model_repository"
 """Where models are loaded and unloaded by request."""
 
 SHARED_MEMORY_EXTENSION = "system_shared_memory"
+CUDA_EXTENSION = "cuda_shared_memory"
 """Where clients may use it."""
 
 EXTENSIONS = (
+    "classification",
     CONTROL_EXTENSION,
     "schedule_policy",
     "model_configuration",
     SHARED_MEMORY_EXTENSION,
+    CUDA_EXTENSION,
     "binary_tensor_data",
     "parameters",
     "statistics",
@@ -62,7 +65,7 @@ class ControlService:
         server_name: str,
         server_version: str,
         control: RepositoryControl | None = None,
-        regions: SharedMemoryRegions | None = None,
+        regions: ClientMemory | None = None,
     ) -> None:
         self._shared_memory = SharedMemoryService(regions)
         self._models = models
@@ -87,16 +90,17 @@ class ControlService:
             "SystemSharedMemoryRegister": _unary(messages.SystemSharedMemoryRegisterRequest, shared_memory.register),
             "SystemSharedMemoryUnregister": _unary(messages.SystemSharedMemoryUnregisterRequest, shared_memory.unregister),
             "CudaSharedMemoryStatus": _unary(messages.CudaSharedMemoryStatusRequest, shared_memory.cuda_status),
-            "CudaSharedMemoryRegister": _unary(messages.CudaSharedMemoryRegisterRequest, shared_memory.cuda_register),
-            "CudaSharedMemoryUnregister": _unary(messages.CudaSharedMemoryUnregisterRequest, shared_memory.cuda_unregister),
         }
         served_elsewhere = {"ModelInfer", "ModelStreamInfer", *self.slow_methods()}
         others = [name for name in method_classes(SERVICE) if name not in {*offered, *served_elsewhere}]
         return {**offered, **{name: _unsupported(name) for name in others}}
 
     def slow_methods(self) -> dict[str, AsyncUnary]:
-        """Those that wait for models."""
+        """Those that wait for models, or for a driver."""
+        shared_memory = self._shared_memory
         return {
+            "CudaSharedMemoryRegister": _async_unary(messages.CudaSharedMemoryRegisterRequest, shared_memory.cuda_register),
+            "CudaSharedMemoryUnregister": _async_unary(messages.CudaSharedMemoryUnregisterRequest, shared_memory.cuda_unregister),
             "RepositoryModelLoad": _async_unary(messages.RepositoryModelLoadRequest, self.repository_model_load),
             "RepositoryModelUnload": _async_unary(messages.RepositoryModelUnloadRequest, self.repository_model_unload),
         }
@@ -129,6 +133,8 @@ class ControlService:
             left_out.add(CONTROL_EXTENSION)
         if not self._shared_memory.is_on:
             left_out.add(SHARED_MEMORY_EXTENSION)
+        if not self._shared_memory.is_cuda_on:
+            left_out.add(CUDA_EXTENSION)
         extensions = [extension for extension in EXTENSIONS if extension not in left_out]
         return messages.ServerMetadataResponse(name=self._server_name, version=self._server_version, extensions=extensions)
 

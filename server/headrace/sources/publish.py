@@ -208,7 +208,8 @@ def _copy_file(source: Path, target: Path) -> FileEntry:
 def _inspect(order: Order, config: ModelConfig, directory: Path, staging: Path, backends: BackendRegistry) -> ModelTensors:
     """As the server will see it, configuration included. Raises LoadError where it could not be served."""
     try:
-        signature = resolve_model(config, directory, staging, backends).signature
+        # Who signs it vouches for it, and it is as it will be found.
+        signature = resolve_model(config, directory, staging, backends, is_signed=order.signing_key is not None).signature
         read_reference(staging, signature)
     except (ConfigError, LoadError) as error:
         place = f"{order.model}/{staging.name}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 from headrace.config import ModelConfig
@@ -24,24 +25,35 @@ from headrace.telemetry.log import get_logger
 log = get_logger(__name__)
 
 
-def verify_version(config: ModelConfig, model_directory: Path, version_directory: Path) -> tuple[Manifest | None, str]:
-    """The manifest and its sha256. Raises LoadError.
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """The manifest and its sha256, where there is one; `is_signed`: by the model's signature_key, and found to be so."""
+
+    manifest: Manifest | None = None
+    digest: str = ""
+    is_signed: bool = False
+
+
+def verify_version(config: ModelConfig, model_directory: Path, version_directory: Path) -> Verified:
+    """Raises LoadError.
 
     A directory without a manifest was put there by hand and is taken as it is, unless the model requires signatures.
     """
     raw = read_small_file(version_directory, MANIFEST_NAME) if has_manifest(version_directory) else None
+    is_signed = False
     if config.signature_policy != "off":
         try:
             _check_signed(config, model_directory, version_directory, raw)
+            is_signed = True
         except LoadError as error:
             if config.signature_policy == "require":
                 raise
             log.warning("signature not valid", model=config.name, version=version_directory.name, reason=str(error))
     if raw is None:
-        return None, ""
+        return Verified()
     manifest = _decode(version_directory, raw)
     verify_files(version_directory, manifest)
-    return manifest, hashlib.sha256(raw).hexdigest()
+    return Verified(manifest, hashlib.sha256(raw).hexdigest(), is_signed)
 
 
 def _check_signed(config: ModelConfig, model_directory: Path, version_directory: Path, raw: bytes | None) -> None:

@@ -19,8 +19,8 @@ from headrace.lifecycle.events import Event
 CONTENT_TYPE = "application/cloudevents+json; charset=utf-8"
 TOLERANCE = 300.0
 """Seconds that a delivery's timestamp may be off, either way: what Standard Webhooks recommends against replays."""
-SENT_KINDS = frozenset({"rollout", "promoted", "rolled_back", "taken_up", "failed"})
-"""Of lifecycle events: those that a pipeline, which has put the version there, waits for."""
+SENT_KINDS = frozenset({"rollout", "promoted", "rolled_back", "taken_up", "failed", "device_lost"})
+"""Of lifecycle events: those that a pipeline, which has put the version there, waits for, and what takes it away from them again."""
 
 _OF_ALERT = ("kind", "side", "feature", "statistic", "value", "critical", "text")
 

@@ -88,7 +88,7 @@ class BatchTimes:
     """One executed batch; times are time.monotonic(), one `arrived` a request, which waits from then until it is
     `taken`: while those it came with are decoded too.
 
-    `padded_rows` is what ran: `rows` and the padding. `cost`: seconds by which versions are compared; left out: those of computing.
+    `padded_rows` is what ran: `rows` and the padding. `cost`: seconds by which versions are compared; None: nobody looked.
     """
 
     __slots__ = ("arrived", "cost", "done", "input_done", "output_start", "padded_rows", "rows", "taken")
@@ -105,7 +105,7 @@ class BatchTimes:
         done: float,
         cost: float | None = None,
     ) -> None:
-        self.cost = output_start - input_done if cost is None else cost
+        self.cost = cost
         self.rows = rows
         self.padded_rows = padded_rows
         self.arrived = arrived
@@ -175,16 +175,18 @@ class CounterShard:
         seconds[4] += compute_output * requests
         size = self.batch_sizes.get(times.rows)
         if size is None:
-            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+            size = self.batch_sizes[times.rows] = [0, 0.0, 0.0, 0.0, 0, 0.0, 0.0, 0.0, 0.0]
         size[1] += compute_input
         size[2] += compute
         size[3] += compute_output
         cost = times.cost
-        logarithm = log(cost) if cost > 0 else _LOG_OF_NOTHING
-        size[4] += cost
-        size[5] += cost * cost
-        size[6] += logarithm
-        size[7] += logarithm * logarithm
+        if cost is not None:
+            logarithm = log(cost) if cost > 0 else _LOG_OF_NOTHING
+            size[4] += 1
+            size[5] += cost
+            size[6] += cost * cost
+            size[7] += logarithm
+            size[8] += logarithm * logarithm
         size[0] += 1
         self.padding += times.padded_rows - times.rows
         self.last_inference = self.wall_clock()
@@ -238,8 +240,9 @@ def _count_durations(buckets: list[int], end: float, starts: Sequence[float]) ->
 
 @dataclass(frozen=True, slots=True)
 class BatchSizeCounts:
-    """Executions of one batch size and the seconds they spent. For comparing versions also the sums of their costs, of the squares,
-    of the logarithms and of the squares of these: how much costs vary, and what is typical despite stray ones.
+    """Executions of one batch size and the seconds they spent. For comparing versions also, of those whose cost is known, how many and
+    the sums of their costs, of the squares, of the logarithms and of the squares of these: how much costs vary, and what is typical
+    despite stray ones.
 
     The cost is the CPU time of the thread that ran the batch, where that does the work. By the clock a canary would seem slow: on the
     same cores its few batches run beside the old version's nearly always, and the old version's seldom beside one of the canary's.
@@ -249,6 +252,7 @@ class BatchSizeCounts:
     compute_input: float
     compute: float
     compute_output: float
+    costs: int
     cost: float
     cost_squares: float
     cost_logs: float
@@ -347,6 +351,11 @@ def _total(parts: Iterable[list[Number]], length: int) -> tuple[Number, ...]:
     return tuple([sum(column) for column in zip(*copies, strict=True)]) if copies else (0,) * length
 
 
+def _batch_size_counts(executions: float, input: float, compute: float, output: float, costs: float, *rest: float) -> BatchSizeCounts:
+    cost, squares, logs, log_squares = rest
+    return BatchSizeCounts(int(executions), input, compute, output, int(costs), cost, squares, logs, log_squares)
+
+
 def _total_sizes(shards: Iterable[CounterShard]) -> dict[int, BatchSizeCounts]:
     totals: dict[int, list[float]] = {}
     for shard in shards:
@@ -354,7 +363,7 @@ def _total_sizes(shards: Iterable[CounterShard]) -> dict[int, BatchSizeCounts]:
         for rows, sums in shard.batch_sizes.copy().items():
             total = totals.get(rows)
             totals[rows] = sums.copy() if total is None else [a + b for a, b in zip(total, sums, strict=True)]
-    return {rows: BatchSizeCounts(int(sums[0]), *sums[1:]) for rows, sums in sorted(totals.items())}
+    return {rows: _batch_size_counts(*sums) for rows, sums in sorted(totals.items())}
 
 
 def _row_buckets(sizes: dict[int, BatchSizeCounts]) -> tuple[int, ...]:

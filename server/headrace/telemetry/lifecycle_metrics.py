@@ -9,7 +9,7 @@ from prometheus_client.registry import Collector
 
 from headrace.lifecycle.view import AdminView
 
-ALARMING = ("failed", "rolled_back", "source_error")
+ALARMING = ("failed", "rolled_back", "source_error", "device_lost")
 """Kinds of events that the rules in deploy/prometheus alert on."""
 
 

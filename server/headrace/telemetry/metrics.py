@@ -19,6 +19,7 @@ from headrace.telemetry.counters import DURATION_EDGES, ROW_EDGES, CounterSnapsh
 from headrace.telemetry.drift_metrics import DriftFamilies
 from headrace.telemetry.exemplars import Exemplars
 from headrace.telemetry.exposition import Family, HistogramFamily, format_labels
+from headrace.telemetry.gpu import Gpus, gpu_lines
 from headrace.telemetry.machine import MachineCollector
 from headrace.telemetry.shadow_metrics import shadow_lines
 
@@ -153,9 +154,15 @@ class MetricsRegistry:
     Beside the versions it holds any prometheus_client collector that is registered; those have few samples.
     """
 
-    def __init__(self, versions: Callable[[], Iterable[VersionView]], shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple) -> None:
+    def __init__(
+        self,
+        versions: Callable[[], Iterable[VersionView]],
+        shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple,
+        gpus: Gpus | None = None,
+    ) -> None:
         self._versions = versions
         self._shadows = shadows
+        self._gpus = gpus
         self._others = CollectorRegistry()
         ProcessCollector(registry=self._others)
         GCCollector(registry=self._others)
@@ -180,7 +187,8 @@ class MetricsRegistry:
             if position % _VERSIONS_AT_ONCE == 0:
                 await asyncio.sleep(0)
         shadows = shadow_lines(self._shadows(), is_openmetrics)
-        text = "\n".join([*_build_lines(), *families.lines(is_openmetrics), *drift.lines(is_openmetrics), *shadows, ""]).encode()
+        gpus = gpu_lines(await self._gpus.sample(), is_openmetrics) if self._gpus is not None else []
+        text = "\n".join([*_build_lines(), *families.lines(is_openmetrics), *drift.lines(is_openmetrics), *shadows, *gpus, ""]).encode()
         await asyncio.sleep(0)
         # The others come last, because their encoder ends the text (OpenMetrics wants `# EOF`).
         return text + encode_others(self._others), content_type
@@ -193,7 +201,7 @@ def _build_lines() -> list[str]:
 
 
 def make_registry(
-    versions: Callable[[], Iterable[VersionView]], shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple
+    versions: Callable[[], Iterable[VersionView]], shadows: Callable[[], Iterable[ShadowSnapshot]] = tuple, gpus: Gpus | None = None
 ) -> MetricsRegistry:
-    """The metrics of the versions and shadows that these return at each scrape, of this process and of the machine."""
-    return MetricsRegistry(versions, shadows)
+    """The metrics of the versions and shadows that these return at each scrape, of this process, of the machine and of its GPUs."""
+    return MetricsRegistry(versions, shadows, gpus)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,10 @@ from headrace.requests import (
     RequestedOutput,
     TensorBytes,
     Ticket,
+    TopClasses,
 )
-from headrace.signature import Shape, TensorSpec, format_shape
+from headrace.signature import DataType, Shape, TensorSpec, format_shape
+from headrace.wire.classification import Wanted, classify, encode_names
 from headrace.wire.messages import InferParameter, ModelInferRequest, ModelInferResponse
 from headrace.wire.shared_memory import BYTE_SIZE, OFFSET, REGION
 from headrace.wire.tensors import decode_bytes_tensor, decode_typed, encode_bytes_tensor
@@ -204,10 +207,11 @@ def _parameters(given: Mapping[str, InferParameter]) -> Parameters:
 
 # -- responses -----------------------------------------------------------------------------------------------------------
 
-Place = tuple[str, int, int] | None
-"""Region, offset and size of an output that is written to shared memory."""
+Place = tuple[str, int, int] | TopClasses | None
+"""Region, offset and size of an output that is written to shared memory; _AS_CLASSES for one that is a classification."""
+_AS_CLASSES = TopClasses(0, by_row=False)
 Key = tuple[tuple[int, ...], tuple[Shape, ...]] | tuple[tuple[int, ...], tuple[Shape, ...], tuple[Place, ...]]
-"""Outputs, their shapes, and where some of them are written to shared memory their places."""
+"""Outputs, their shapes, and where some of them do not go into the answer as they are their places."""
 Buffer = bytes | memoryview
 
 
@@ -254,8 +258,12 @@ class ResponseEncoder:
     MAX_CACHED_HEADERS = 1024
     """About 200 bytes each."""
 
-    def __init__(self, model: str, version: str, outputs: tuple[TensorSpec, ...]) -> None:
+    def __init__(
+        self, model: str, version: str, outputs: tuple[TensorSpec, ...], labels: Mapping[str, Sequence[str]] = MappingProxyType({})
+    ) -> None:
+        """`labels`: the names of an output's classes, by its own."""
         self._outputs = outputs
+        self._names = {index: encode_names(labels[spec.name]) for index, spec in enumerate(outputs) if spec.name in labels}
         self._prefix = ModelInferResponse(model_name=model, model_version=version).SerializeToString()
         self._headers: dict[Key, _Header] = {}
 
@@ -320,13 +328,16 @@ class ResponseEncoder:
         one output that is not BYTES, is one concatenation: 0.25 µs an answer where `encode` takes 1.8."""
         answers: list[Answer] = []
         plans: dict[tuple[tuple[int, ...], int], _Plan] = {}
+        wanted: Wanted | None = None
         start = 0
         for ticket in tickets:
             rows = ticket.rows
             stop = start + rows
             if ticket.destinations is not None:
+                if wanted is None:
+                    wanted = classify(tickets, {index: rows.array for index, rows in rows_of.items()}, self._names)
                 chosen = [rows_of[index].array[start:stop] for index in ticket.outputs]
-                answers.append(self._encode_placed(ticket, ticket.destinations, chosen))
+                answers.append(self._encode_placed(ticket, ticket.destinations, chosen, wanted))
                 start = stop
                 continue
             plan = plans.get((ticket.outputs, rows))
@@ -362,23 +373,35 @@ class ResponseEncoder:
         if ticket.destinations is not None:
             for index, array in zip(ticket.outputs, chosen, strict=True):
                 self._check_datatype(index, array)
-            return self._encode_placed(ticket, ticket.destinations, chosen)
+            classes = classify([ticket], dict(zip(ticket.outputs, chosen, strict=True)), self._names)
+            return self._encode_placed(ticket, ticket.destinations, chosen, classes)
         try:
             return self.encode(ticket.id, ticket.outputs, chosen, 0, 0, rows_axis=False)
         except InvalidRequest as error:
             # The traceback would keep the arrays alive for as long as the error is.
             return error.with_traceback(None)
 
-    def _encode_placed(self, ticket: Ticket, destinations: Destinations, arrays: Sequence[Array]) -> Answer:
-        """Writes each output that has a destination there, and the others into the answer. `arrays[i]` is output `ticket.outputs[i]`.
+    def _encode_placed(self, ticket: Ticket, destinations: Destinations, arrays: Sequence[Array], wanted: Wanted) -> Answer:
+        """Writes each output that has a destination there, and the others into the answer, those that are `wanted` as classes as such.
+        `arrays[i]` is output `ticket.outputs[i]`.
 
         Every output has its entry among the raw contents, an empty one where it is elsewhere: clients count them. Nothing is
         written unless all fits.
         """
         contents: list[Buffer] = []
         places: list[Place] = []
+        shapes: list[Shape] = []
         for index, array, destination in zip(ticket.outputs, arrays, destinations, strict=True):
+            if isinstance(destination, TopClasses):
+                classes = wanted[ticket, index]
+                if isinstance(classes, InvalidRequest):
+                    return classes
+                contents.append(classes.content)
+                shapes.append(classes.shape)
+                places.append(_AS_CLASSES)
+                continue
             spec = self._outputs[index]
+            shapes.append(array.shape)
             content = _as_buffer(array) if spec.datatype.itemsize else encode_bytes_tensor(array)
             contents.append(content)
             if destination is None:
@@ -387,11 +410,14 @@ class ResponseEncoder:
                 places.append((destination.region, destination.offset, len(content)))
             else:
                 return _too_small(spec.name, len(content), destination)
-        header = self._header((ticket.outputs, tuple([array.shape for array in arrays]), tuple(places)))
+        header = self._header((ticket.outputs, tuple(shapes), tuple(places)))
         parts: list[Buffer] = [_encode_id(ticket.id) if ticket.id else b"", header.first]
         for prefix, content, destination in zip(header.prefixes, contents, destinations, strict=True):
-            if destination is not None:
-                destination.view[: len(content)] = content
+            if isinstance(destination, Destination):
+                try:
+                    destination.write(content)
+                except BackendError as error:  # of this client's device memory, and no matter of its batch mates
+                    return error.with_traceback(None)
                 parts.append(_EMPTY_CONTENT)
             else:
                 parts += (prefix or tag_and_length(6, len(content)), content)
@@ -427,14 +453,15 @@ class ResponseEncoder:
         places = key[2] if len(key) == 3 else (None,) * len(key[0])
         for index, shape, where in zip(key[0], key[1], places, strict=True):
             spec = self._outputs[index]
-            output = response.outputs.add(name=spec.name, datatype=spec.datatype.value, shape=shape)
-            if where is not None:
+            datatype = DataType.BYTES if where is _AS_CLASSES else spec.datatype
+            output = response.outputs.add(name=spec.name, datatype=datatype.value, shape=shape)
+            if isinstance(where, tuple):
                 region, offset, size = where
                 output.parameters[REGION].string_param = region
                 output.parameters[BYTE_SIZE].int64_param = size
                 if offset:
                     output.parameters[OFFSET].int64_param = offset
-            itemsize = spec.datatype.itemsize
+            itemsize = datatype.itemsize
             prefixes.append(tag_and_length(6, math.prod(shape) * itemsize) if itemsize else None)
         first = self._prefix + response.SerializeToString()
         only = prefixes[0] if len(prefixes) == 1 and places == (None,) else None

@@ -151,8 +151,8 @@ def _unsupported_tensor(tensor: pb.ModelInput | pb.ModelOutput) -> Iterator[tupl
 
 
 def _unsupported_group(group: pb.ModelInstanceGroup) -> Iterator[tuple[str, str]]:
-    if group.kind == pb.ModelInstanceGroup.KIND_GPU or group.gpus:
-        yield "instance_group.kind KIND_GPU", "models run on the CPU; write KIND_CPU or KIND_AUTO"
+    if group.kind == pb.ModelInstanceGroup.KIND_CPU and group.gpus:
+        yield "instance_group.gpus of KIND_CPU", "it has none; write KIND_GPU"
     if group.passive:
         yield "instance_group.passive", "every instance takes requests"
     if group.profile:
@@ -212,20 +212,38 @@ def _batching(given: pb.ModelConfig, size: int | None) -> BatchingConfig:
 
 def _instances(given: pb.ModelConfig, backend: str | None) -> InstanceConfig:
     groups = given.instance_group
-    kinds = {group.kind for group in groups}
     if any(group.count < 0 for group in groups):
         raise ConfigError("instance_group.count: expected 1 or more")
     threads, options = _runtime_options(given) if backend in (None, "onnxruntime") else (0, {})
     return InstanceConfig(
-        count=sum(group.count or 1 for group in groups) or 1,
-        device="cpu" if kinds == {pb.ModelInstanceGroup.KIND_CPU} else "auto",
+        # As in Triton, a group has so many on each of the GPUs that it names.
+        count=sum((group.count or 1) * (len(group.gpus) or 1) for group in groups) or 1,
+        device=_device(groups),
         threads=threads,
         options=options,
     )
 
 
+def _device(groups: Sequence[pb.ModelInstanceGroup]) -> str:
+    """One for all groups: 'cuda' also for several GPUs, over which instances are spread."""
+    is_gpu = [group.kind == pb.ModelInstanceGroup.KIND_GPU or bool(group.gpus) for group in groups]
+    if any(is_gpu) and any(group.kind == pb.ModelInstanceGroup.KIND_CPU for group in groups):
+        raise ConfigError("instance_group.kind: expected one for all instances of a model, got KIND_CPU and KIND_GPU")
+    if any(is_gpu):
+        named = {ordinal for group in groups for ordinal in group.gpus}
+        if any(ordinal < 0 for ordinal in named):
+            raise ConfigError(f"instance_group.gpus: expected numbers from 0, got {min(named)}")
+        return f"cuda:{min(named)}" if len(named) == 1 and all(group.gpus for group in groups) else "cuda"
+    return "cpu" if groups and all(group.kind == pb.ModelInstanceGroup.KIND_CPU for group in groups) else "auto"
+
+
 _GRAPH_LEVELS = {-1: "basic", 0: "all", 1: "extended", 2: "disable"}
 _SWITCHES = {"enable_mem_arena": "enable_cpu_mem_arena", "enable_mem_pattern": "enable_mem_pattern"}
+_NUMBERED = {
+    "cudnn_conv_algo_search": {"0": "EXHAUSTIVE", "1": "HEURISTIC", "2": "DEFAULT"},
+    "arena_extend_strategy": {"0": "kNextPowerOfTwo", "1": "kSameAsRequested"},
+}
+"""Options on a GPU that Triton has numbers for and the runtime names."""
 
 
 def _runtime_options(given: pb.ModelConfig) -> tuple[int, dict[str, str]]:
@@ -242,6 +260,13 @@ def _runtime_options(given: pb.ModelConfig) -> tuple[int, dict[str, str]]:
     for theirs, ours in _SWITCHES.items():
         if theirs in asked:
             options[ours] = "true" if _count(asked, theirs) else "false"
+    for name, values in _NUMBERED.items():
+        if name in asked:
+            if asked[name] not in values:
+                raise ConfigError(f"parameters '{name}': expected one of {', '.join(values)}, got '{asked[name]}'")
+            options[name] = values[asked[name]]
+    if _count(asked, "gpu_mem_limit"):
+        options["gpu_mem_limit"] = asked["gpu_mem_limit"]
     return _count(asked, "intra_op_thread_count"), options
 
 
@@ -281,14 +306,11 @@ def _version_policy(given: pb.ModelVersionPolicy) -> str:
     return f"latest:{given.latest.num_versions or 1}"
 
 
-_READ_PARAMETERS = {"intra_op_thread_count", "inter_op_thread_count", *_SWITCHES}
+_READ_PARAMETERS = {"intra_op_thread_count", "inter_op_thread_count", "gpu_mem_limit", *_SWITCHES, *_NUMBERED}
 _IGNORED_PARAMETERS = {
     "execution_mode",
     "memory.enable_memory_arena_shrinkage",
     "session.use_device_allocator_for_initializers",
-    "cudnn_conv_algo_search",
-    "gpu_mem_limit",
-    "arena_extend_strategy",
     "do_copy_in_default_stream",
 }
 """Parameters of Triton's onnxruntime backend that change speed or memory only."""
@@ -310,7 +332,12 @@ def _notes(given: pb.ModelConfig, backend: str | None, size: int | None) -> Iter
         yield f"{'metric_tags' if given.metric_tags else 'model_metrics'} has no effect"
     if given.runtime:
         yield "runtime has no effect: the backend knows its library"
+    ordinals = sorted({ordinal for group in given.instance_group for ordinal in group.gpus})
+    if len(ordinals) > 1:
+        yield f"instance_group.gpus {', '.join(map(str, ordinals))}: instances are spread over all GPUs that this process sees"
     for group in given.instance_group:
+        if group.kind == pb.ModelInstanceGroup.KIND_GPU and not group.gpus:
+            yield "instance_group.count is of all GPUs together, not of each"
         if group.rate_limiter.resources or group.rate_limiter.priority or group.host_policy:
             yield f"instance_group.{'host_policy' if group.host_policy else 'rate_limiter'} has no effect"
     for descriptor, _ in given.optimization.ListFields():
@@ -389,8 +416,10 @@ def _version_policy_message(policy: str) -> pb.ModelVersionPolicy:
 
 
 def _instance_group(model: str, instances: InstanceConfig) -> pb.ModelInstanceGroup:
-    kind = pb.ModelInstanceGroup.KIND_CPU if instances.device == "cpu" else pb.ModelInstanceGroup.KIND_AUTO
-    return pb.ModelInstanceGroup(name=f"{model}_0", kind=kind, count=instances.count)
+    kinds = {"cpu": pb.ModelInstanceGroup.KIND_CPU, "cuda": pb.ModelInstanceGroup.KIND_GPU}
+    name, _, ordinal = instances.device.partition(":")
+    kind = kinds.get(name, pb.ModelInstanceGroup.KIND_AUTO)
+    return pb.ModelInstanceGroup(name=f"{model}_0", kind=kind, count=instances.count, gpus=[int(ordinal)] if ordinal else [])
 
 
 def _dynamic_batching(batching: BatchingConfig, size: int) -> pb.ModelDynamicBatching:

@@ -6,7 +6,7 @@ import math
 from typing import Protocol
 
 from headrace.errors import InvalidRequest, Unsupported
-from headrace.requests import Destination, InferRequest, Parameters
+from headrace.requests import Destination, DeviceMemory, InferRequest, Parameters
 from headrace.wire.tensors import decode_bytes_tensor
 
 REGION = "shared_memory_region"
@@ -17,7 +17,7 @@ DISABLED = "Client shared memory is disabled on this server; --client-shared-mem
 
 
 class Regions(Protocol):
-    def view(self, name: str, offset: int, byte_size: int) -> memoryview:
+    def view(self, name: str, offset: int, byte_size: int) -> memoryview | DeviceMemory:
         """That part of a region, writable; it stays valid for as long as somebody holds it. Any thread.
 
         Raises NotFound for an unknown region, InvalidRequest for a part that is not within it.
@@ -33,9 +33,15 @@ def place(request: InferRequest, regions: Regions | None) -> None:
         raise Unsupported(f"{DISABLED}. Without it tensors go with the request")
     for tensor in request.inputs:
         if REGION in tensor.parameters:
-            view = _destination(f"input '{tensor.name}'", tensor.parameters, regions).view.toreadonly()
-            is_bytes = tensor.datatype == "BYTES"
-            tensor.data = decode_bytes_tensor(view, math.prod(tensor.shape), tensor.name, request.model) if is_bytes else view
+            view = _destination(f"input '{tensor.name}'", tensor.parameters, regions).view
+            if tensor.datatype == "BYTES":
+                content = view.read() if isinstance(view, DeviceMemory) else view
+                tensor.data = decode_bytes_tensor(content, math.prod(tensor.shape), tensor.name, request.model)
+            elif isinstance(view, DeviceMemory):
+                tensor.data = view
+                request.on_device = True
+            else:
+                tensor.data = view.toreadonly()
     destinations = tuple(
         [
             _destination(f"output '{output.name}'", output.parameters, regions) if REGION in output.parameters else None

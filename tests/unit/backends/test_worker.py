@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from headrace.backends.base import Backend
-from headrace.backends.worker import BatchRunner, WarmUp, Worker
+from headrace.backends.runner import BatchRunner
+from headrace.backends.worker import WarmUp, Worker
 from headrace.batching.batcher import Batcher
 from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig, InstanceConfig

@@ -10,7 +10,7 @@ from headrace.batching.batch_queue import NEVER
 from headrace.batching.batcher import PROBE_AFTER, Batcher
 from headrace.batching.latency import LatencyTable
 from headrace.config import BatchingConfig
-from headrace.errors import BackendError, Cancelled, DeadlineExceeded, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.errors import BackendError, Cancelled, DeadlineExceeded, DeviceLost, HeadraceError, NotReady, QueueFull, QueueTimeout
 from headrace.requests import Reply, Ticket
 from headrace.telemetry.counters import DropCause, FailureReason, VersionCounters
 from headrace.testing import CollectingOutlet
@@ -34,7 +34,9 @@ class World:
             clock=lambda: self.now,
             timer=self.set_timer,
             shard=self.counters.shard(),
+            on_lost=lambda instance, error: self.lost.append(instance),
         )
+        self.lost: list[object] = []
 
     def set_timer(self, when: float, callback: Callable[[], None]) -> None:
         self.timer = (when, callback)
@@ -267,9 +269,67 @@ def test_the_queue_delay_ends_when_another_request_could_no_longer_join_in_time(
     assert until == pytest.approx(3.0 - world.batcher.latencies.upper(2), abs=0.01)
 
 
+GONE = DeviceLost("cuda:0: unspecified launch failure")
+
+
+def test_a_lost_instance_gets_no_more_and_what_waits_goes_to_the_others() -> None:
+    world = World(batch_limit=1)
+    lost, other = FakeInstance(), FakeInstance()
+    world.submit("fails")
+    failed, _ = world.batcher.take(lost)
+    waiting = world.submit("waits")
+    world.batcher.settle(failed, [GONE])
+    world.batcher.lose(lost, GONE)
+    world.batcher.lose(lost, GONE)
+    assert world.batcher.take(lost) == ([], NEVER)
+    assert world.batcher.take(other)[0] == [waiting]
+    assert world.lost == [lost]
+
+
+def test_an_idle_instance_that_is_lost_is_not_woken_and_passes_a_wake_on_that_it_was_given_before() -> None:
+    world = World(batch_limit=1)
+    idle, woken, other = FakeInstance(), FakeInstance(), FakeInstance()
+    for instance in (other, woken, idle):
+        world.batcher.take(instance)
+    world.batcher.lose(idle, GONE)
+    waiting = world.submit("waits")
+    assert (idle.wakes, woken.wakes, other.wakes) == (0, 1, 0)
+    world.batcher.lose(woken, GONE)
+    assert other.wakes == 1
+    assert world.batcher.take(woken) == ([], NEVER)
+    assert world.batcher.take(other)[0] == [waiting]
+
+
+def test_the_one_that_was_to_look_again_is_lost_and_another_looks_in_its_place() -> None:
+    world = World(max_queue_delay=0.5)
+    patient, other = FakeInstance(), FakeInstance()
+    world.batcher.take(other)
+    assert world.batcher.take(patient) == ([], NEVER)
+    world.submit("a")
+    assert world.batcher.take(patient) == ([], 0.5)
+    world.batcher.lose(patient, GONE)
+    assert other.wakes == 1
+    assert world.batcher.take(other) == ([], 0.5)
+
+
+def test_deadlines_are_foreseen_for_the_instances_that_are_left() -> None:
+    world = World(batch_limit=1, seconds={1: 0.5})
+    instances = [FakeInstance() for _ in range(2)]
+    running = []
+    for instance in instances:
+        world.submit("running")
+        running.append(world.batcher.take(instance)[0])
+    world.submit("second of two in the queue", answer_by=1.3)
+    world.submit("in time while there are two", answer_by=1.3)
+    world.batcher.settle(running[0], [GONE])
+    world.batcher.lose(instances[0], GONE)
+    with pytest.raises(QueueTimeout, match="cannot be answered in time"):
+        world.submit("third of three for one instance", answer_by=1.9)
+
+
 @pytest.mark.parametrize("seed", range(60))
 def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(seed: int) -> None:
-    """Cancels, expiries, full queues, failing batches, several instances at work, and a shutdown at the end, in any order."""
+    """Cancels, expiries, full queues, failing batches, several instances at work, some lost, and a shutdown at the end, in any order."""
     print("seed", seed)
     rng = random.Random(seed)
     world = World(
@@ -299,6 +359,7 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
         if free:
             instance = rng.choice(free)
             tickets, _ = world.batcher.take(instance)
+            assert not (tickets and instance in world.lost)
             if tickets:
                 running.append((instance, tickets))
 
@@ -310,6 +371,11 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
                 expected[ticket.id] = error or ticket.id.encode()
             world.batcher.settle(tickets, [error or ticket.id.encode() for ticket in tickets])
 
+    def lose() -> None:
+        """Idle, or with a batch that is still to be settled: another instance of its device has told."""
+        if len(world.lost) < rng.randint(0, len(instances)):
+            world.batcher.lose(rng.choice(instances), GONE)
+
     def cancel() -> None:
         if admitted:
             ticket = rng.choice(list(admitted.values()))
@@ -317,7 +383,7 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
             assert world.batcher.cancel(ticket) == was_queued
 
     for _ in range(500):
-        rng.choices([submit, take, finish, cancel, lambda: world.advance(rng.random())], [5, 3, 3, 1, 1])[0]()
+        rng.choices([submit, take, finish, cancel, lose, lambda: world.advance(rng.random())], [5, 3, 3, 1, 0.02, 1])[0]()
         assert world.batcher.unsettled == len(admitted) - len(world.outlet.answers)
     drained: list[bool] = []
     world.batcher.stop_admitting(NotReady("stopping"), lambda: drained.append(True))

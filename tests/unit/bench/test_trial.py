@@ -10,6 +10,7 @@ import onnx_models
 import pytest
 from headrace.backends.base import Array, ArtifactSignature
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
+from headrace.backends.processing import Processing
 from headrace.bench.runs import available_cores
 from headrace.bench.trial import Trial, measure, run_trial
 from headrace.config import InstanceConfig
@@ -17,6 +18,8 @@ from headrace.errors import BackendError, LoadError
 from headrace.lifecycle.warm_up import BatchAxisError
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import FakeBackend
+from headrace_kernels.normalize import Normalize
+from headrace_kernels.topk import TopK
 
 X, Y = TensorSpec("x", DataType.FP32, (-1, 2)), TensorSpec("y", DataType.FP32, (-1, 2))
 
@@ -86,3 +89,14 @@ def test_why_a_process_failed_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "m" / "1" / "model.onnx"
     with pytest.raises(LoadError, match=r"expected an ONNX file at 1/model\.onnx, found none"):
         run_trial(trial(path, backend="onnxruntime"))
+
+
+def test_what_is_declared_around_the_model_is_measured_with_it_also_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path = onnx_models.save(onnx_models.parse("g (float[N,1,2,2] x) => (float[N,4] y) { y = Flatten(x) }"), tmp_path / "m" / "1")
+    best, classes = TensorSpec("y", DataType.FP32, (-1, 1)), TensorSpec("y_classes", DataType.INT32, (-1, 1))
+    signature = Signature("m", (TensorSpec("x", DataType.UINT8, (-1, -1, -1, 1)),), (best, classes), 4)
+    processing = Processing({"x": Normalize(size=(2, 2))}, {"y": TopK(1)})
+    images = {"x": np.zeros((1, 5, 6, 1), np.uint8)}
+    around = {"processing": processing, "output_names": ("y",)}
+    samples = run_trial(trial(path, backend="onnxruntime", signature=signature, recorded=images, **around))
+    assert list(samples) == [1, 2, 4]

@@ -36,3 +36,9 @@ def test_requests_of_a_model_without_rows_are_joined_only_where_they_are_of_one_
     kept = [Kept(((),), 1, {"x": np.zeros(size, np.float32)}, ["y"], [np.zeros(1, np.float32)]) for size in (3, 5, 3)]
     found = join(kept, frozenset({(Side.INPUT, "x"), (Side.OUTPUT, "y")}), has_rows=False)
     assert sorted((inputs["x"].shape, rows) for inputs, _, rows in found) == [((1, 5), 1), ((2, 3), 2)]
+
+
+def test_requests_whose_input_stayed_on_its_device_are_not_joined_with_those_that_have_it() -> None:
+    kept = [Kept(((),), 1, inputs, ["y"], [np.zeros((1, 2), np.float32)]) for inputs in ({}, {"x": np.zeros((1, 2), np.float32)}, {})]
+    found = join(kept, frozenset({(Side.INPUT, "x"), (Side.OUTPUT, "y")}), has_rows=True)
+    assert sorted((list(inputs), rows) for inputs, _, rows in found) == [([], 2), (["x"], 1)]

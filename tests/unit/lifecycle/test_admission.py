@@ -4,7 +4,18 @@ import pytest
 from headrace.config import BatchingConfig
 from headrace.errors import InvalidRequest
 from headrace.lifecycle.admission import make_ticket, make_tickets
-from headrace.requests import Alike, InferRequest, InputTensor, Parameters, Reply, RequestedOutput, Ticket
+from headrace.requests import (
+    Alike,
+    DeviceMemory,
+    InferRequest,
+    InputTensor,
+    Parameter,
+    Parameters,
+    Reply,
+    RequestedOutput,
+    Ticket,
+    TopClasses,
+)
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import CollectingOutlet
 
@@ -81,3 +92,57 @@ def test_an_output_is_classified_or_in_shared_memory_not_both() -> None:
     request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], [output])
     with pytest.raises(InvalidRequest, match="output 'y': expected 'classification' or 'shared_memory_region', got both"):
         make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0)
+
+
+def classified(given: Parameters, datatype: DataType = DataType.FP32, max_batch_size: int = 8) -> Ticket:
+    signature = Signature(
+        "m", SIGNATURE.inputs, (TensorSpec("x", DataType.FP32, (-1,)), TensorSpec("y", datatype, (-1, 5))), max_batch_size
+    )
+    outputs = [RequestedOutput("y", given), RequestedOutput("x")]
+    request = InferRequest("m", "", "id", [InputTensor("x", "FP32", (1, 1), bytes(4))], outputs)
+    return make_ticket(signature, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0)
+
+
+@pytest.mark.parametrize("max_batch_size", [0, 8])
+def test_a_classification_is_of_each_row_where_there_are_rows(max_batch_size: int) -> None:
+    ticket = classified({"classification": 3}, max_batch_size=max_batch_size)
+    assert ticket.outputs == (1, 0)
+    assert ticket.destinations is not None
+    wanted, plain = ticket.destinations
+    assert isinstance(wanted, TopClasses)
+    assert (wanted.count, wanted.by_row, plain) == (3, max_batch_size > 0, None)
+
+
+def test_what_wants_no_classes_has_no_destinations() -> None:
+    assert classified({"binary_data": True}).destinations is None
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        (0, "invalid value for 'classification' parameter, expected > 0, got 0"),
+        (-3, "invalid value for 'classification' parameter, expected > 0, got -3"),
+        (True, "invalid value type for 'classification' parameter, expected int64_param, got True"),
+        ("3", "invalid value type for 'classification' parameter, expected int64_param, got '3'"),
+        (3.0, "invalid value type for 'classification' parameter, expected int64_param, got 3.0"),
+    ],
+)
+def test_a_number_of_classes_that_is_none_is_refused(given: Parameter, text: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"output 'y': {text}"):
+        classified({"classification": given})
+
+
+@pytest.mark.parametrize("datatype", [DataType.FP16, DataType.BF16, DataType.BOOL, DataType.BYTES])
+def test_what_triton_does_not_rank_is_refused_in_its_words(datatype: DataType) -> None:
+    with pytest.raises(InvalidRequest, match=f"class result not available for output due to unsupported type '{datatype.value}'"):
+        classified({"classification": 3}, datatype)
+
+
+def test_a_request_with_inputs_on_a_device_shares_no_batch_with_one_that_has_none() -> None:
+    tickets = []
+    for memory in (bytes(4), DeviceMemory("cuda:0", 0x7000, 4), DeviceMemory("cuda:1", 0x9000, 4)):
+        request = InferRequest("m", "", "", [InputTensor("x", "FP32", (1, 1), memory)])
+        request.on_device = isinstance(memory, DeviceMemory)
+        tickets.append(make_ticket(SIGNATURE, BatchingConfig(), request, Reply(CollectingOutlet()), 100.0))
+    assert [ticket.on_device for ticket in tickets] == [False, True, True]
+    assert tickets[0].key != tickets[1].key == tickets[2].key

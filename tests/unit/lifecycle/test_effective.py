@@ -6,7 +6,7 @@ from typing import Any
 
 import onnx_models
 import pytest
-from headrace.backends.base import ArtifactSignature, Backend
+from headrace.backends.base import ArtifactSignature, Backend, Expected
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.config import BatchingConfig, InstanceConfig, ModelConfig, TensorConfig
 from headrace.errors import ConfigError, LoadError
@@ -305,6 +305,35 @@ def test_files_of_two_backends_are_ambiguous(tmp_path: Path) -> None:
     (directory / "1" / "model.plan").touch()
     with pytest.raises(ConfigError, match="m/1 has files for several backends: onnxruntime, plan"):
         resolve_model(ModelConfig("m"), directory, directory / "1", {**BACKENDS, "plan": Plan})
+
+
+@pytest.mark.parametrize("is_signed", [True, False])
+def test_artifact_that_nobody_vouched_for_is_not_opened(tmp_path: Path, is_signed: bool) -> None:
+    opened, told = [], []
+
+    class Plan(OnnxRuntimeBackend):
+        def expect(self, expected: Expected) -> None:
+            told.append(expected)
+
+        @classmethod
+        def check_trusted(cls, path: Path, instance: InstanceConfig, *, is_signed: bool) -> None:
+            if not is_signed:
+                raise LoadError("nobody vouched for it")
+
+        @classmethod
+        def graph_digest(cls, path: Path) -> str:
+            opened.append(path)
+            return super().graph_digest(path)
+
+    directory = write(tmp_path, onnx_models.identity())
+    if is_signed:
+        effective = resolve_model(ModelConfig("m"), directory, directory / "1", {"onnxruntime": Plan}, is_signed=True)
+        effective.make(Plan, directory / "1" / "model.onnx", InstanceConfig(), is_signed=True)
+        assert told == [Expected(effective.artifact, effective.signature, (), is_signed=True)]
+    else:
+        with pytest.raises(LoadError, match="nobody vouched"):
+            resolve_model(ModelConfig("m"), directory, directory / "1", {"onnxruntime": Plan})
+    assert len(opened) == is_signed
 
 
 def test_linked_model_directory_keeps_its_own_name(tmp_path: Path) -> None:

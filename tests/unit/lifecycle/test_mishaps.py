@@ -226,3 +226,13 @@ async def test_a_directory_whose_name_is_no_unicode_and_a_configuration_without_
     (tmp_path / "digits" / "model.toml").write_text(f"version_policy = 'latest:{'9' * 5000}'")
     listing = await DirectorySource(str(tmp_path), SourceConfig()).list()
     assert (list(listing.models), sorted(listing.errors)) == (["good"], ["deep", "digits"])
+
+
+async def test_a_version_that_is_unloaded_but_still_listed_is_not_taken_for_its_successor(make: Any) -> None:
+    swap = make()
+    await swap.publish(1)
+    old = swap.models.resolve("m", "")
+    await old.unload(1.0)
+    await swap.until(lambda: any(version.is_live for version in swap.models.find("m", "1")))
+    assert await swap.ask() == (1, 1.0)
+    assert swap.models.resolve("m", "") is not old

@@ -25,7 +25,7 @@ def exact(rows: dict[int, tuple[int, float]]) -> dict[int, SizeTimes]:
 def run(counters: VersionCounters, rows: int, seconds: float) -> None:
     counters.shard().record_batch(
         BatchTimes(rows=rows, padded_rows=rows, arrived=[0.0], taken=0.0, input_done=1.0, output_start=1.0 + seconds,
-            done=2.0 + seconds)
+            done=2.0 + seconds, cost=seconds)
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from headrace.errors import BackendError, HeadraceError, NotReady
 from headrace.lifecycle.shadow import DISTANCE_EDGES, Shadow, compare_answers
-from headrace.requests import Answer, InferRequest, InputTensor, Reply
+from headrace.requests import Answer, InferRequest, InputTensor, Reply, RequestedOutput
 from headrace.signature import DataType, TensorSpec
 from headrace.telemetry.shadow_metrics import shadow_lines
 from headrace.testing import CollectingOutlet, FakeBackend
@@ -45,6 +45,29 @@ def test_floats_may_be_off_by_the_tolerance_times_one_and_their_size(datatype: D
 def test_bfloat16_is_compared_by_value() -> None:
     one, two = 0x3F80, 0x4000
     assert compare_answers(message([one], DataType.BF16), message([two], DataType.BF16), 0.05).distance == 0.5
+
+
+def classes(*strings: Sequence[str]) -> bytes:
+    return message(strings, DataType.BYTES)
+
+
+@pytest.mark.parametrize(
+    ("live", "scores", "tolerance", "what"),
+    [
+        (classes(["0.900000:1:cat", "0.100000:0"]), [[0.1, 0.9]], 0.0, ""),
+        (classes(["0.333333:1"]), [[0.1, 1 / 3, 0.2]], 0.0, ""),
+        (classes(["0.900000:1"], ["0.500000:0"]), [[0.1, 0.93], [0.48, 0.1]], 0.05, ""),
+        (classes(["0.900000:1"]), [[0.1, 0.7]], 0.05, "output 'y': off by 0.105, allowed 0.05"),
+        (classes(["0.500000:1"]), [[0.51, 0.49]], 0.05, "output 'y': 1 of 1 rows rank another class first"),
+        (classes(["0.500000:1", "0.490000:0"]), [[0.5, 0.49]], 0.05, "output 'y': 1 of 1 rows rank another class first"),
+        (classes(["0.500000:1"]), [[0.5, 0.5]], 0.05, ""),
+        (message(["nan:1", "inf:0"], DataType.BYTES), [np.inf, np.nan], 0.0, ""),
+        (classes(["0.500000:7"]), [[0.5, 0.5]], 0.05, "output 'y': expected BYTES [1,1], got FP32 [1,2]"),
+        (classes(["cat"]), [[0.5]], 0.05, "output 'y': expected BYTES [1,1], got FP32 [1,1]"),
+    ],
+)
+def test_a_classification_is_compared_with_the_scores_of_its_classes(live: bytes, scores: Any, tolerance: float, what: str) -> None:
+    assert compare_answers(live, message(scores), tolerance).what == what
 
 
 def test_scores_that_rank_another_class_first_differ_within_the_tolerance() -> None:
@@ -175,6 +198,15 @@ def test_a_copy_comes_after_the_live_answer_and_without_the_callers_timeout(shad
     assert candidate.requests[0].parameters == {"priority": 1}
     assert candidate.replies[0].deadline is None
     assert reply.outlet is outlet
+
+
+def test_the_copy_of_a_request_for_classes_asks_for_the_scores(shadow: Shadow, versions: Versions) -> None:
+    live, candidate, outlet = versions(1), versions(2), CollectingOutlet()
+    request = make_request()
+    request.outputs = [RequestedOutput("y", {"classification": 2})]
+    outlet.wait(ask(shadow, live, candidate, outlet, request))
+    until(lambda: shadow.snapshot().compared == 1)
+    assert [(each.name, each.parameters) for each in candidate.requests[0].outputs] == [("y", {})]
 
 
 def test_a_candidate_that_hangs_costs_no_more_than_the_pairs_that_may_be_in_flight(shadow: Shadow, versions: Versions) -> None:
@@ -362,6 +394,34 @@ async def test_real_versions_with_batches_and_screening(tmp_path: Path) -> None:
     await asyncio.to_thread(until, lambda: shadow.snapshot().compared == 20)
     assert shadow.snapshot().disagreeing == candidate.counters.snapshot().nonfinite == 20
     assert live.counters.snapshot().success == 20
+    shadow.close()
+    await swap.models.stop(5)
+
+
+async def test_real_versions_agree_on_a_classification_by_the_scores_behind_it(tmp_path: Path) -> None:
+    """The second one's scores are off by less than the tolerance, and by more than six decimals show."""
+
+    class Near(FakeBackend.make()):  # type: ignore[misc]
+        def execute(self, inputs: Any, outputs: Any) -> Any:
+            arrays = super().execute(inputs, outputs)
+            return [array + np.float32(0.001) for array in arrays] if "/2/" in str(self.path) else arrays
+
+    swap = Swapping(tmp_path, Near)
+    await swap.publish(1, 2, version_policy="all", warmup_runs=1)
+    live, candidate = swap.models.resolve("m", "1"), swap.models.resolve("m", "2")
+    shadow, outlet = Shadow("m", 2, 0.05), CollectingOutlet()
+    reply = Reply(outlet)
+    array = np.array([[0.25, 0.75]], "<f4")
+    request = InferRequest(
+        "m", "", "", [InputTensor("x", "FP32", array.shape, array.tobytes())], [RequestedOutput("y", {"classification": 1})]
+    )
+    shadow.mirror(request, reply, candidate)
+    live.submit(request, reply, time.monotonic())
+    assert b"0.750000:1" in await asyncio.to_thread(outlet.wait, reply)  # type: ignore[operator]
+    await asyncio.to_thread(until, lambda: shadow.snapshot().compared == 1)
+    found = shadow.snapshot()
+    assert (found.disagreeing, found.dropped, found.last_difference) == (0, 0, "")
+    assert found.distance_sum == pytest.approx(0.001 / 1.75, rel=1e-3)
     shadow.close()
     await swap.models.stop(5)
 

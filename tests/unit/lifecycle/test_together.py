@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from headrace.config import BatchingConfig
-from headrace.errors import HeadraceError, InvalidRequest, QueueFull, Unsupported
+from headrace.errors import HeadraceError, InvalidRequest, QueueFull
 from headrace.requests import Reply
 from headrace.testing import CollectingOutlet
 from headrace.wire.messages import ModelInferRequest, ModelInferResponse
@@ -31,11 +31,11 @@ async def test_each_request_that_is_refused_is_refused_alone(tmp_path: Path) -> 
     await swapping.publish(1)
     outlet: Any = CollectingOutlet()
     replies = [Reply(outlet) for _ in range(6)]
-    messages = [message(), message(classes=3), message("nobody"), message(width=3), b"\xff", message()]
+    messages = [message(), message(classes=-1), message("nobody"), message(width=3), b"\xff", message()]
     swapping.inference.submit_all([*zip(messages, replies, strict=True)])
     answers = [await asyncio.to_thread(outlet.wait, reply) for reply in replies]
     assert [isinstance(answer, HeadraceError) for answer in answers] == [False, True, True, True, True, False]
-    assert isinstance(answers[1], Unsupported)
+    assert isinstance(answers[1], InvalidRequest)
     await swapping.models.stop(0.0)
 
 
@@ -142,4 +142,17 @@ async def test_requests_that_are_alike_are_retried_with_the_successor_of_a_versi
     for reply in replies:
         answer = await asyncio.to_thread(outlet.wait, reply)
         assert ModelInferResponse.FromString(answer).model_version == "2"
+    await swapping.models.stop(0.0)
+
+
+async def test_requests_that_are_alike_and_want_classes_are_each_classified(tmp_path: Path) -> None:
+    swapping = Swapping(tmp_path, scaling())
+    await swapping.publish(1)
+    await learnt(swapping, message(classes=1))
+    outlet: Any = CollectingOutlet()
+    replies = [Reply(outlet) for _ in range(5)]
+    swapping.inference.submit_all([(message(classes=1, value=value), reply) for value, reply in enumerate(replies)])
+    answers = [await asyncio.to_thread(outlet.wait, reply) for reply in replies]
+    contents = [ModelInferResponse.FromString(answer).raw_output_contents[0][4:] for answer in answers]
+    assert contents == [b"%d.000000:0" % value for value in range(5)]
     await swapping.models.stop(0.0)

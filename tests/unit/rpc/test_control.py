@@ -71,8 +71,8 @@ def test_model_ready_refuses_a_version_that_is_no_number(version: str) -> None:
 def test_server_metadata_names_the_server_and_only_what_works() -> None:
     metadata = control()[0].server_metadata(messages.ServerMetadataRequest())
     assert (metadata.name, metadata.version) == ("triton", "1.2.3")
-    assert "statistics" in metadata.extensions
-    assert not {"model_repository", "system_shared_memory", "sequence", "trace", "logging", "classification"} & set(metadata.extensions)
+    assert {"statistics", "classification"} <= set(metadata.extensions)
+    assert not {"model_repository", "system_shared_memory", "sequence", "trace", "logging"} & set(metadata.extensions)
 
 
 def test_model_metadata_describes_tensors_with_their_batch_dimension() -> None:
@@ -204,9 +204,9 @@ async def test_without_control_nothing_is_loaded_or_unloaded_by_request(reposito
     assert "model_repository" not in controlled(repository).server_metadata(messages.ServerMetadataRequest()).extensions
 
 
-def test_with_control_the_extension_is_listed_first() -> None:
+def test_with_control_the_extension_is_listed_in_its_place() -> None:
     metadata = controlled(FakeRepository()).server_metadata(messages.ServerMetadataRequest())
-    assert list(metadata.extensions[:2]) == ["model_repository", "schedule_policy"]
+    assert list(metadata.extensions[:3]) == ["classification", "model_repository", "schedule_policy"]
 
 
 async def test_other_repositories_are_not_offered() -> None:

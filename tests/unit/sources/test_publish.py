@@ -26,7 +26,7 @@ from headrace.sources import verification
 from headrace.sources.directory_destination import DirectoryDestination
 from headrace.sources.manifest import read_manifest, write_manifest
 from headrace.sources.publish import Order, Published, publish
-from headrace.sources.verification import verify_version
+from headrace.sources.verification import Verified, verify_version
 from structlog.testing import CapturingLogger
 
 BACKENDS = {"onnxruntime": OnnxRuntimeBackend}
@@ -46,8 +46,8 @@ def publish_digits(artifact: Path, repository: Path, **options: Any) -> Publishe
     return publish(Order(artifact, "digits", **options), DirectoryDestination(str(repository), SourceConfig()), BACKENDS)
 
 
-def verify(model_directory: Path, version_directory: Path) -> None:
-    verify_version(load_model_config(model_directory, model_directory.name), model_directory, version_directory)
+def verify(model_directory: Path, version_directory: Path) -> Verified:
+    return verify_version(load_model_config(model_directory, model_directory.name), model_directory, version_directory)
 
 
 def everything_in(directory: Path) -> list[str]:
@@ -243,7 +243,7 @@ def test_a_signed_version_satisfies_a_model_that_requires_it(artifact: Path, rep
     require(repository, key)
     published = publish_digits(artifact, repository, signing_key=key)
     assert published.is_signed
-    verify(repository / "digits", Path(published.location))
+    assert verify(repository / "digits", Path(published.location)).is_signed
 
 
 def test_signatures_are_what_openssl_makes_and_checks(artifact: Path, repository: Path, key: Path, tmp_path: Path) -> None:
@@ -326,13 +326,18 @@ def test_a_policy_without_a_key_is_a_mistake_in_model_toml(artifact: Path, repos
         verify(repository / "digits", repository / "digits" / "1")
 
 
+def test_without_a_policy_nothing_counts_as_signed(artifact: Path, repository: Path, key: Path) -> None:
+    published = publish_digits(artifact, repository, signing_key=key)
+    assert not verify(repository / "digits", Path(published.location)).is_signed
+
+
 def test_warn_takes_the_version_and_says_once_why_it_is_not_signed(
     artifact: Path, repository: Path, key: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = CapturingLogger()
     monkeypatch.setattr(verification, "log", log)
     require(repository, key, "warn")
-    verify(repository / "digits", Path(publish_digits(artifact, repository).location))
+    assert not verify(repository / "digits", Path(publish_digits(artifact, repository).location)).is_signed
     assert [(call.method_name, call.kwargs["model"], call.kwargs["version"]) for call in log.calls] == [("warning", "digits", "1")]
     assert "expected manifest.json.sig" in log.calls[0].kwargs["reason"]
 

@@ -39,6 +39,7 @@ def batch(
         input_done=taken + 0.002,
         output_start=taken + 0.012,
         done=taken + 0.016,
+        cost=0.010,
     )
 
 

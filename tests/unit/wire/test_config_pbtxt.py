@@ -110,6 +110,31 @@ def test_instances_that_may_run_anywhere(kind):
 
 
 @pytest.mark.parametrize(
+    ("groups", "count", "device"),
+    [
+        ("{ kind: KIND_GPU }", 1, "cuda"),
+        ("{ kind: KIND_GPU gpus: 1 count: 2 }", 2, "cuda:1"),
+        ("{ gpus: 0 }", 1, "cuda:0"),
+        ("{ kind: KIND_GPU gpus: [ 0, 1 ] count: 2 }", 4, "cuda"),
+        ("{ kind: KIND_GPU gpus: 0 }, { kind: KIND_GPU gpus: 0 count: 2 }", 3, "cuda:0"),
+        ("{ kind: KIND_GPU gpus: 0 }, { kind: KIND_GPU }", 2, "cuda"),
+        ("{ kind: KIND_CPU }, { kind: KIND_AUTO }", 2, "auto"),
+    ],
+)
+def test_instances_on_gpus(groups, count, device):
+    instances = parse(f"instance_group [ {groups} ]").instances
+    assert (instances.count, instances.device) == (count, device)
+
+
+def test_options_on_a_gpu_have_the_runtimes_names():
+    given = {"cudnn_conv_algo_search": "0", "arena_extend_strategy": "1", "gpu_mem_limit": "1000"}
+    text = " ".join(f"parameters {{ key: '{key}' value: {{ string_value: '{value}' }} }}" for key, value in given.items())
+    assert parse(text).instances.options == {
+        "cudnn_conv_algo_search": "EXHAUSTIVE", "arena_extend_strategy": "kSameAsRequested", "gpu_mem_limit": "1000",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
     ("name", "expected"), [("TYPE_BOOL", "BOOL"), ("TYPE_BF16", "BF16"), ("TYPE_STRING", "BYTES"), ("TYPE_UINT64", "UINT64")]
 )
 def test_datatypes_have_their_names_on_the_wire(name, expected):
@@ -152,8 +177,7 @@ def test_what_cannot_be_read_names_the_file_the_line_and_the_nearest(text, messa
         ("input { name: 'x' is_shape_tensor: true }", "input.is_shape_tensor of 'x'"),
         ("output { name: 'y' is_non_linear_format_io: true }", "output.is_non_linear_format_io of 'y'"),
         ("input { name: 'x' allow_ragged_batch: true }", "input.allow_ragged_batch of 'x'"),
-        ("instance_group { kind: KIND_GPU }", "instance_group.kind KIND_GPU"),
-        ("instance_group { gpus: 0 }", "instance_group.kind KIND_GPU"),
+        ("instance_group { kind: KIND_CPU gpus: 0 }", "instance_group.gpus of KIND_CPU"),
         ("instance_group { passive: true }", "instance_group.passive"),
         ("instance_group { profile: '0' }", "instance_group.profile"),
         ("instance_group { secondary_devices { } }", "instance_group.secondary_devices"),
@@ -193,6 +217,9 @@ def test_what_is_switched_off_is_not_refused(text):
         ("output { name: 'y' dims: -2 }", "output.dims of 'y'"),
         ("version_policy { specific { } }", "version_policy.specific: expected at least one version"),
         ("instance_group { count: -1 }", "instance_group.count: expected 1 or more"),
+        ("instance_group [ { kind: KIND_CPU }, { gpus: 0 } ]", "instance_group.kind: expected one for all instances of a model"),
+        ("instance_group { gpus: -1 }", "instance_group.gpus: expected numbers from 0, got -1"),
+        ("parameters { key: 'cudnn_conv_algo_search' value { string_value: '7' } }", "expected one of 0, 1, 2, got '7'"),
         ("optimization { graph { level: 7 } }", "optimization.graph.level: expected -1, 0, 1 or 2, got 7"),
         ("parameters { key: 'intra_op_thread_count' value { string_value: 'two' } }", "expected a whole number, got 'two'"),
         ("dynamic_batching { priority_levels: 1 default_priority_level: 2 }", "default_priority_level: expected at most"),
@@ -217,6 +244,8 @@ def test_values_out_of_range_are_refused(text, message):
         ("model_metrics { metric_control { } }", "model_metrics has no effect"),
         ("runtime: 'x.so'", "runtime has no effect"),
         ("instance_group { host_policy: 'numa' }", "instance_group.host_policy has no effect"),
+        ("instance_group { gpus: [ 0, 1 ] }", "instance_group.gpus 0, 1: instances are spread over all GPUs that this process sees"),
+        ("instance_group { kind: KIND_GPU }", "instance_group.count is of all GPUs together, not of each"),
         ("instance_group { rate_limiter { priority: 2 } }", "instance_group.rate_limiter has no effect"),
         ("optimization { cuda { graphs: true } }", "optimization.cuda has no effect"),
         ("parameters { key: 'execution_mode' value { string_value: '1' } }", "parameters 'execution_mode' has no effect"),
@@ -290,12 +319,21 @@ def test_messages_that_say_nothing_are_absent():
     }
 
 
-@pytest.mark.parametrize(("device", "kind"), [("cpu", ModelInstanceGroup.KIND_CPU), ("auto", ModelInstanceGroup.KIND_AUTO)])
-def test_instances_are_written_out(device, kind):
+@pytest.mark.parametrize(
+    ("device", "kind", "gpus"),
+    [
+        ("cpu", ModelInstanceGroup.KIND_CPU, []),
+        ("auto", ModelInstanceGroup.KIND_AUTO, []),
+        ("cuda", ModelInstanceGroup.KIND_GPU, []),
+        ("cuda:2", ModelInstanceGroup.KIND_GPU, [2]),
+    ],
+)
+def test_instances_are_written_out_and_read_again(device, kind, gpus):
     model = settled(4)
     model.instances = InstanceConfig(count=3, device=device)
     (group,) = model_config_message(model).instance_group
-    assert (group.name, group.count, group.kind) == ("m_0", 3, kind)
+    assert (group.name, group.count, group.kind, list(group.gpus)) == ("m_0", 3, kind, gpus)
+    assert parse(f"instance_group {{ {group} }}").instances == model.instances
 
 
 @pytest.mark.parametrize("policy", ["latest:2", "all", "1,4"])

@@ -1,0 +1,6 @@
+// All kernels as one translation unit: what becomes the fatbin.
+#include "gather.cu"
+#include "normalize.cu"
+#include "screen.cu"
+#include "histogram.cu"
+#include "topk.cu"
