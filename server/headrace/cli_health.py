@@ -40,7 +40,7 @@ def run(options: argparse.Namespace) -> int:
         raise ConfigError(f"--timeout: expected a number of seconds above 0, got {options.timeout:g}")
     for name, given in (("http", options.http), ("grpc", options.grpc)):
         if given:
-            check_listener(f"--{name}", given)
+            check_listener(name, given)
     http_address, grpc_address = (options.http, options.grpc) if options.http or options.grpc else _configured()
     if http_address:
         ready, reason = ask_http(reached(http_address), options.timeout, is_live_enough=options.live)

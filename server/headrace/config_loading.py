@@ -222,6 +222,8 @@ def _check(field: dataclasses.Field[Any], value: Any, where: str) -> Any:
     """The value as the dataclass wants it. Raises ConfigError with what was expected and what came."""
     kind = _kind(field)
     if kind.startswith("list of "):
+        if kind == "list of float" and type(value) in (int, float):
+            value = [value]
         if not isinstance(value, list):
             raise ConfigError(f"{where}: expected a {kind}, got {value!r}")
         return tuple(_check_one(field, each, kind.removeprefix("list of "), where) for each in value)

@@ -91,7 +91,9 @@ async def test_a_server_that_hangs_is_given_up_after_the_timeout(capsys: Capture
             assert "no answer from" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [("--http", "nowhere"), ("--grpc", "8001"), ("--timeout", "0"), ("--timeout", "nan")])
+@pytest.mark.parametrize(
+    "arguments", [("--http", "nowhere"), ("--http", "unix:/x"), ("--grpc", "8001"), ("--timeout", "0"), ("--timeout", "nan")]
+)
 def test_wrong_use_is_exit_code_2(arguments: tuple[str, str], capsys: Capture) -> None:
     assert cli.main(("health", *arguments)) == 2
     assert "expected" in capsys.readouterr().err

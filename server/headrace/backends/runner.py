@@ -56,6 +56,7 @@ class BatchRunner:
         self.stretch = 0.0
         self._next_clock = 0.0
         self.lost: DeviceLost | None = None
+        self._device_free = 0.0
         self._records = records
         self._times: BatchTimes | None = None
         self._ended: _Ended | None = None
@@ -91,9 +92,13 @@ class BatchRunner:
             if batch is None or pending is None:
                 assert launched.error is not None
                 raise launched.error
-            arrays = pending.wait()
-            output_start = time.monotonic()
-            answers = self._answer(batch, arrays, output_start - batch.input_done, output_start, is_lent=True)
+            try:
+                arrays = pending.wait()
+            finally:
+                # While another batch had the device, this one's inputs were not done: a batch's time is what it takes there.
+                output_start = time.monotonic()
+                began, self._device_free = max(batch.input_done, self._device_free), output_start
+            answers = self._answer(batch._replace(input_done=began), arrays, output_start - began, output_start, is_lent=True)
         except BaseException as error:
             answers = self._fail(tickets, self._explained(tickets, error))
         self._keep(tickets, answers, launched.taken)

@@ -82,6 +82,8 @@ class TensorRtBackend(PipelinedBackend):
     def check_trusted(cls, path: Path, instance: InstanceConfig, *, is_signed: bool) -> None:
         if is_onnx(path) or is_signed or parse_options(instance.options).trust_plans:
             return
+        if not path.is_file():
+            raise LoadError(f"expected {path.parent.name}/{path.name}, found no such file; 'filename' in model.toml sets another name")
         raise LoadError(
             f"{path.parent.name}/{path.name}: a plan is code to TensorRT, and nobody has vouched for this one: expected a version whose "
             'signature is verified (signature_policy and signature_key in model.toml), or trust_plans = "true" under '

@@ -311,6 +311,6 @@ def find_library(*, to_build: bool = False) -> Library:
             reasons.append(f"{name}: {error}")
     what = "builds engines of ONNX models" if to_build else "runs engines"
     raise LoadError(
-        f"no TensorRT that {what} is there ({'; '.join(reasons)}); pip install 'headrace[tensorrt]'"
+        f"no TensorRT that {what} is there ({'; '.join(reasons)}); pip install 'headrace[cpu,tensorrt]'"
         + ("" if to_build else ", or tensorrt-lean-cu13 for version-compatible plans alone")
     )

@@ -116,7 +116,7 @@ class ModelPlans:
         if not self._library.can_build:
             raise LoadError(
                 f"{self._place}: {self._library.name} {self._library.version} runs plans and builds none; "
-                "pip install 'headrace[tensorrt]', or build a version-compatible model.plan elsewhere"
+                "pip install 'headrace[cpu,tensorrt]', or build a version-compatible model.plan elsewhere"
             )
         log.info("engine build began", model=self._place, profiles=len(key.profiles), tensorrt=key.tensorrt, device=key.device.name)
         began, built = time.monotonic(), self._cache.new_file()

@@ -18,7 +18,7 @@ def refit(library: Library, engine: ICudaEngine, model: Path, place: str) -> Non
     """
     if not library.can_build:
         raise LoadError(
-            f"{place}: option refit: {library.name} cannot refit an engine, the full tensorrt can; pip install 'headrace[tensorrt]'"
+            f"{place}: option refit: {library.name} cannot refit an engine, the full tensorrt can; pip install 'headrace[cpu,tensorrt]'"
         )
     refitter: Refitter = library.make("Refitter", engine)
     parser: OnnxParserRefitter = library.make("OnnxParserRefitter", refitter)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from headrace.backends.base import Backend, PipelinedBackend
+from headrace.backends.base import CPU, Backend, PipelinedBackend
 from headrace.backends.pipeline import Pipeline
 from headrace.backends.runner import BatchRunner
 from headrace.batching.batch_queue import NEVER
@@ -61,7 +61,11 @@ class Worker:
         self._doorbell.put(None)
 
     def serve_inline(self, batcher: Batcher, runner: BatchRunner, max_rows: int) -> None:
-        """Like `serve`, but while no more than `max_rows` wait they run on the thread that brought the last of them."""
+        """Like `serve`, but while no more than `max_rows` wait they run on the thread that brought the last of them; on the CPU, that is:
+        whoever brings a request does not wait for a device."""
+        if isinstance(self._backend, PipelinedBackend) or self._backend.device != CPU:
+            self.serve(batcher, runner)
+            return
         self._work = (batcher, runner)
         self._inline = (batcher, runner, max_rows)
         self.wake()

@@ -87,6 +87,8 @@ class Batcher:
         """By the first ticket of the batch."""
         self._instances = instances
         self._lost: set[Instance] = set()
+        self._held: set[Instance] = set()
+        """Of the idle those that have something to run once what they run has ended."""
         self._refused_rows = 0
         self._refusing_since = NEVER
         self._unsettled = 0
@@ -225,13 +227,14 @@ class Batcher:
             if self._queue.has_deadlines:
                 expired = self._queue.expire(now)
             ready_at = self._ready_at()
+            is_due = ready_at <= now
             if self._running and ready_at < NEVER and not self._queue.is_batch_full():
                 ready_at = max(ready_at, self._free_from(instance) - lead)
             if instance in self._lost:
                 # It may have been woken for what is queued now.
                 tickets, ready_at, helper = [], NEVER, self._pop_helper()
             elif ready_at > now:
-                tickets, helper = self._rest(instance), None
+                tickets, helper = self._rest(instance, ready_at), self._pop_helper() if is_due else None
             else:
                 if self._queue.has_deadlines and self._queue.is_pressed(self.latencies, now):
                     hopeless = self._queue.drop_late(self.latencies, now, self._forecast.sustaining(self._instances, now))
@@ -252,10 +255,14 @@ class Batcher:
                 end = self._end_of(batch, end)
         return end
 
-    def _rest(self, instance: Instance) -> list[Ticket]:
+    def _rest(self, instance: Instance, until: float) -> list[Ticket]:
         """Nothing to run now. On the list also when it will look again by itself, so that a filled batch need not wait for that."""
         if instance not in self._idle:
             self._idle.append(instance)
+        if until < NEVER and self._running:
+            self._held.add(instance)
+        else:
+            self._held.discard(instance)
         return []
 
     def _start(self, instance: Instance, now: float) -> tuple[list[Ticket], Instance | None]:
@@ -278,7 +285,20 @@ class Batcher:
         return tickets, self._pop_helper()
 
     def _pop_helper(self) -> Instance | None:
-        return self._idle.pop() if self._idle and self._queue.requests else None
+        """An instance to look at the queue: one that runs nothing, if there is one. Those that wait for what they run to end have
+        looked already, and need not again before there is a full batch."""
+        idle = self._idle
+        if not idle or not self._queue.requests:
+            return None
+        if not self._running:
+            return idle.pop()
+        busy = {batch.instance for batch in self._running.values()}
+        has_full = self._queue.is_batch_full()
+        chosen = None
+        for index, instance in enumerate(idle):
+            if instance not in busy or (chosen is None and (has_full or instance not in self._held)):
+                chosen = index
+        return None if chosen is None else idle.pop(chosen)
 
     def _dispatch_reason(self, is_full: bool) -> DispatchReason:
         if is_full:

@@ -72,18 +72,21 @@ def _derive(array: Array, flat: Array, rest: Sequence[tuple[int, Feature]], out:
             scores.append((position, feature))
         elif feature.extract is not Extract.PROJECTION:
             by_channel.setdefault(feature.index, []).append((position, feature.extract))
+    channels = max(by_channel, default=-1) + 1
     for channel, wanted in by_channel.items():
-        _summarise(_channel(array, channel), wanted, out)
+        _summarise(_channel(array, channel, channels), wanted, out)
     if scores:
         _score(probabilities(flat, scores[0][1].is_logits), scores, out)
 
 
-def _channel(array: Array, channel: int) -> Array:
+def _channel(array: Array, channel: int, channels: int) -> Array:
     """[rows, ...]: one channel of pictures, or all of a row."""
     if channel < 0:
         return array
     found = channels_of(array.shape[1:])
-    return np.asarray(np.take(array, channel, axis=1 + (found[0] if found is not None else 0)))
+    # Pictures whose sides are free may be smaller than what is taken for one: those of [[preprocess]] have their channels last.
+    is_last = found[0] == array.ndim - 2 if found is not None else array.shape[-1] == channels
+    return np.asarray(np.take(array, channel, axis=array.ndim - 1 if is_last else 1))
 
 
 def _summarise(part: Array, wanted: Sequence[tuple[int, Extract]], out: Values) -> None:

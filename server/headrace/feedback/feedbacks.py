@@ -135,7 +135,9 @@ class VersionFeedback:
             with self._lock:
                 self._unidentified += len(requests)
             return
-        array = batch.to_keep().arrays[batch.outputs.index(self._subject.output)]
+        array = batch.arrays[batch.outputs.index(self._subject.output)]
+        if batch.is_lent:
+            array = array.copy()
         output = array[: batch.rows].reshape(batch.rows, -1) if self._is_batching else array.reshape(1, -1)
         if not output.shape[1]:
             with self._lock:

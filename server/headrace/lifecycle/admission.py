@@ -28,7 +28,10 @@ def make_ticket(
     arrived: float,
     checks: ValueChecks | None = None,
 ) -> Ticket:
-    """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock."""
+    """Raises InvalidRequest and Unsupported. `arrived` and the reply's deadline are on one monotonic clock.
+
+    Waits for a device, and may raise BackendError, where inputs lie on one and their values are to be checked.
+    """
     admission = signature.validate(request)
     if checks is not None:
         if request.on_device:

@@ -323,7 +323,8 @@ class ModelManager:
         if is_shared and self.devices.lose(device, str(error)):
             log.error("device lost", device=device, reason=str(error))
         for each in self._versions():
-            gone = each.instances.on(device) if is_shared else [worker] if each is version else []
+            own = [worker] if each is version and each.instances.find(worker) is not None else []  # none while it is loaded
+            gone = each.instances.on(device) if is_shared else own
             if gone:
                 fields = {"device": device, "instances": str(len(gone))}
                 self.event_log.record("device_lost", each.model, each.version, reason=str(error), fields=fields)

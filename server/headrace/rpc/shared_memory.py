@@ -38,12 +38,7 @@ class SharedMemoryService:
     def _allowed_cuda(self) -> CudaRegions:
         if self._cuda is not None:
             return self._cuda
-        if self._system is None:
-            raise Unsupported(DISABLED)
-        raise Unsupported(
-            "CUDA shared memory is not supported: this server takes tensors from system shared memory only; "
-            "--client-cuda-shared-memory turns it on"
-        )
+        raise Unsupported("CUDA shared memory is not supported by this server as it runs; --client-cuda-shared-memory turns it on")
 
     def status(self, request: messages.SystemSharedMemoryStatusRequest) -> messages.SystemSharedMemoryStatusResponse:
         regions = self._allowed()

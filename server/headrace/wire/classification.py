@@ -26,7 +26,7 @@ RANKABLE = frozenset(datatype for datatype in DataType if datatype.value.startsw
 
 MAX_ELEMENTS = 1_000_000
 """Of a row, or of the tensor where the model is not batched: Triton's limit."""
-MAX_STRINGS = 100_000
+MAX_STRINGS = 10_000
 """Of an answer. A string takes about 1 µs, so that is the longest for which one request can hold up the others."""
 
 _LENGTH = struct.Struct("<I")

@@ -52,6 +52,11 @@ class Waiting(CollectingOutlet):
         return next(iter(self.answers.values()))
 
 
+def ticket_of(value: float, outlet: CollectingOutlet | None = None) -> Ticket:
+    tensor = InputTensor("x", "FP32", (1, 2), np.array([[value, 0.0]], "<f4").tobytes())
+    return Ticket(Reply(outlet or CollectingOutlet()), 1, (), (tensor,), (0,))
+
+
 class Bench:
     """A worker on a fake device, and its batcher."""
 
@@ -225,6 +230,50 @@ def test_rows_are_gathered_into_the_lane_and_padded_there_and_observers_read_the
     assert [batch["x"].shape for batch in bench.backend.batches] == [(4, 2), (4, 2)]
     # Row 0 once more: 7 four times, and 1, 2, 3 and 1.
     assert seen.batches == [(28.0, 28.0), (7.0, 7.0)]
+
+
+def test_a_batchs_cost_is_what_it_took_on_the_device_and_not_what_it_waited_for_another() -> None:
+    counters = VersionCounters()
+    runner = BatchRunner("m:1", SIGNATURE, ValueEncoder(), (), counters.shard())
+    backend = FakePipelinedBackend.make()(Path("model.fake"), InstanceConfig())
+    assert isinstance(backend, FakePipelinedBackend)
+    backend.gate.clear()
+    launched = [runner.launch(backend, [ticket_of(value)], time.monotonic()) for value in (1.0, 2.0)]
+    began = time.monotonic()
+    threading.Timer(0.2, backend.gate.set).start()
+    for each in launched:
+        assert isinstance(runner.finish(each)[0], bytes)
+        assert each.pending is not None
+        each.pending.release()
+    took = time.monotonic() - began
+    sizes = counters.snapshot().batch_sizes[1]
+    # Both were launched at the beginning: waiting counted as computing would make it twice as much.
+    assert sizes.cost == pytest.approx(sizes.compute)
+    assert 0.19 < sizes.cost <= took + 0.1
+    backend.close()
+
+
+def test_whoever_brings_a_request_does_not_wait_for_a_device(bench: Bench) -> None:
+    worker = Worker("m:1#0", bench.backend)
+    worker.prepare(lambda b: WarmUp({})).result(timeout=5)
+    counters = VersionCounters()
+    batcher = Batcher(
+        "m:1",
+        BatchingConfig(),
+        latencies=LatencyTable({1: 1e-6}, 4),
+        clock=time.monotonic,
+        timer=lambda when, call: None,
+        shard=counters.shard(),
+    )
+    worker.serve_inline(batcher, BatchRunner("m:1", SIGNATURE, ValueEncoder(), (), counters.shard()), 4)
+    bench.backend.gate.clear()
+    outlet = Waiting()
+    batcher.submit(ticket_of(1.0, outlet))
+    assert not outlet.complete.is_set()
+    bench.backend.gate.set()
+    assert outlet.answer == b"1.0"
+    worker.stop()
+    assert worker.join(5)
 
 
 def test_a_batch_that_waited_for_the_device_is_timed_from_when_it_got_it() -> None:

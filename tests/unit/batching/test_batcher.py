@@ -312,6 +312,50 @@ def test_the_one_that_was_to_look_again_is_lost_and_another_looks_in_its_place()
     assert world.batcher.take(other) == ([], 0.5)
 
 
+def busy_and_idle(world: World) -> tuple[FakeInstance, FakeInstance]:
+    """One that runs a batch and could take another, put on the idle list after one that runs nothing."""
+    idle, busy = FakeInstance(), FakeInstance()
+    world.submit("first")
+    assert world.batcher.take(busy)[0]
+    for instance in (idle, busy):
+        assert world.batcher.take(instance, lead=0.1) == ([], NEVER)
+    return busy, idle
+
+
+def test_one_that_runs_nothing_is_woken_before_one_that_would_have_to_wait_for_what_it_runs() -> None:
+    world = World(seconds=LINEAR)
+    busy, idle = busy_and_idle(world)
+    second = world.submit("second")
+    assert (busy.wakes, idle.wakes) == (0, 1)
+    assert world.batcher.take(idle, lead=0.1)[0] == [second]
+
+
+def test_a_busy_one_that_looks_passes_what_it_must_wait_for_to_one_that_runs_nothing() -> None:
+    world = World(seconds=LINEAR)
+    busy, idle = busy_and_idle(world)
+    second = world.submit("second")
+    assert world.batcher.take(busy, lead=0.1) == ([], pytest.approx(0.4, abs=0.001))
+    assert idle.wakes == 1
+    assert world.batcher.take(idle, lead=0.1)[0] == [second]
+
+
+def test_one_that_waits_for_what_it_runs_is_not_woken_again_before_there_is_a_full_batch() -> None:
+    world = World(batch_limit=8, seconds=LINEAR)
+    busy = FakeInstance()
+    world.submit("first")
+    world.batcher.take(busy)
+    world.batcher.take(busy, lead=0.1)
+    world.submit("second")
+    assert busy.wakes == 1
+    assert world.batcher.take(busy, lead=0.1) == ([], pytest.approx(0.4, abs=0.001))
+    for number in range(6):
+        world.submit(f"more {number}")
+    assert busy.wakes == 1
+    world.submit("the one that fills it")
+    assert busy.wakes == 2
+    assert len(world.batcher.take(busy, lead=0.1)[0]) == 8
+
+
 def test_deadlines_are_foreseen_for_the_instances_that_are_left() -> None:
     world = World(batch_limit=1, seconds={1: 0.5})
     instances = [FakeInstance() for _ in range(2)]
@@ -342,6 +386,7 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
     expected: dict[str, object] = {}
     running: list[tuple[FakeInstance, list[Ticket]]] = []
     instances = [FakeInstance() for _ in range(3)]
+    lanes = rng.choice([1, 2])
 
     def submit() -> None:
         id = f"r{len(expected)}"
@@ -355,10 +400,10 @@ def test_random_walk_every_ticket_is_settled_exactly_once_with_its_own_answer(se
 
     def take() -> None:
         busy = [instance for instance, _ in running]
-        free = [instance for instance in instances if instance not in busy]
+        free = [instance for instance in instances if busy.count(instance) < lanes]
         if free:
             instance = rng.choice(free)
-            tickets, _ = world.batcher.take(instance)
+            tickets, _ = world.batcher.take(instance, lead=rng.random())
             assert not (tickets and instance in world.lost)
             if tickets:
                 running.append((instance, tickets))

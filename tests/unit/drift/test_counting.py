@@ -5,6 +5,7 @@ import pytest
 from headrace.config import DriftConfig, ModelConfig, TensorConfig
 from headrace.drift.building import ReferenceBuilder, cut, from_counts
 from headrace.drift.counting import QUALITY, BatchCounter, Layout
+from headrace.drift.extraction import numbers
 from headrace.drift.features import Extract, Feature, Kind, Side
 from headrace.drift.plan import choose, settle
 from headrace.drift.reference import FeatureReference, Reference
@@ -204,6 +205,14 @@ def test_a_feature_that_rows_do_not_have_is_refused(shape: tuple[int, ...], extr
     signature = Signature("m", (TensorSpec("x", DataType.FP32, shape),), (), 8)
     with pytest.raises(LoadError, match=r"input feature 'x\.f': "):
         check_fits(Reference("m", "profile", 2, (feature,)), signature)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (7, 30), (3, 40), (16, 16), (30, 2)])
+def test_features_of_a_picture_of_any_size_are_of_its_channels(size: tuple[int, int]) -> None:
+    """As [[preprocess]] has clients send them: channels last."""
+    pictures = RANDOM.integers(0, 256, (4, *size, 3)).astype(np.uint8)
+    features = [Feature(Side.INPUT, "x", f"mean[{channel}]", Kind.NUMERIC, Extract.MEAN, channel) for channel in range(3)]
+    np.testing.assert_allclose(numbers(pictures, features), pictures.reshape(4, -1, 3).mean(axis=1), rtol=1e-6)
 
 
 def test_an_input_and_an_output_of_one_name_are_two_tensors() -> None:

@@ -114,6 +114,17 @@ async def test_without_another_device_the_version_says_why_and_models_on_the_hos
     await asyncio.to_thread(backend.wait_for_live, "cpu")
 
 
+async def test_a_device_lost_while_an_instance_on_the_host_is_loaded_is_why_the_load_failed(make: Make) -> None:
+    class Gone(DeviceBackend.make_on("cuda:0")):  # type: ignore[misc]
+        def load(self) -> None:
+            raise DeviceLost("provider: the accelerator fell off the bus")
+
+    swap = make(Gone)
+    await swap.publish(1, **on("cpu"))
+    assert swap.index()["m:1"] == ("UNAVAILABLE", "provider: the accelerator fell off the bus")
+    assert swap.events("device_lost", "failed") == [("failed", 1)]
+
+
 async def test_what_waits_for_the_last_instance_is_refused_and_not_left_waiting(make: Make) -> None:
     at_work, go_on = threading.Event(), threading.Event()
 

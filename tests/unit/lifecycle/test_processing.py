@@ -44,11 +44,17 @@ def images(**settings: object) -> str:
     return "\n".join(["[[preprocess]]", 'input = "image"', *lines, ""])
 
 
+SCALED = images(mean=1, deviation=0.5)
 RESIZED = images(size=[224, 224])
 TOP = '[[postprocess]]\noutput = "scores"\nsoftmax = true\ntop_k = 3\n'
 
 
 # -- what clients see ------------------------------------------------------------------------------------------------------
+
+
+def test_one_number_is_for_all_channels() -> None:
+    step = settle(SCALED).processing.inputs["image"]
+    assert (step.mean, step.deviation) == ((1.0,), (0.5,))
 
 
 def test_clients_send_bytes_of_any_size_where_images_are_resized() -> None:
@@ -142,6 +148,7 @@ def test_what_contradicts_the_artifact_is_a_load_error(toml: str, model: Artifac
         (images(size=[2]), r"size: expected height and width, got \[2\]"),
         (images(size=[0, 2]), "size: expected at least 1, got 0"),
         (images(deviation=[0.0]), "deviation: expected numbers above 0"),
+        (images(deviation=-1), "deviation: expected numbers above 0"),
         (images(channels="grb"), "channels: expected one of rgb, bgr, got 'grb'"),
         ('[[postprocess]]\noutput = "scores"\n', r"\[\[postprocess\]\]: expected softmax = true, top_k, or both"),
         ('[[postprocess]]\noutput = "score"\ntop_k = 1\n', "did you mean 'scores'"),
