@@ -116,12 +116,14 @@ class FakeGraph:
 
 
 class FakeGraphBuilder:
-    """As cuda.core's: `queued` is its stream's, so that kernels can be given either."""
+    """As cuda.core's: `queued` is its stream's, so that kernels can be given either. A capture that was spoilt (`error`) cannot be ended,
+    and then `close`, which would end it, raises too."""
 
     def __init__(self, graphs: list[FakeGraph], error: Exception | None = None) -> None:
         self.stream = NumberedStream()
         self._graphs = graphs
         self._error = error
+        self._is_building = False
         self.is_closed = False
 
     @property
@@ -130,17 +132,23 @@ class FakeGraphBuilder:
 
     def begin_building(self, mode: str) -> None:
         assert mode == "thread_local"
+        self._is_building = True
 
-    def end_building(self) -> None:
+    def end_building(self) -> FakeGraphBuilder:
         if self._error is not None:
             raise self._error
+        self._is_building = False
+        return self
 
     def complete(self) -> FakeGraph:
+        assert not self._is_building
         self._graphs.append(FakeGraph(self.queued))
         return self._graphs[-1]
 
     def close(self) -> None:
         self.is_closed = True
+        if self._is_building:
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: the operation failed due to a previous error during capture")
 
 
 class QueuedKernels:

@@ -10,6 +10,7 @@ Rule for changing this file: every call that tells its failure by False or None 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -245,17 +246,15 @@ class Bound:
         builder = create_graph_builder()
         try:
             builder.begin_building(mode="thread_local")
-            try:
-                self._queue(builder, builder.stream, wiring)
-            finally:
-                builder.end_building()
-            return builder.complete()
+            self._queue(builder, builder.stream, wiring)
+            return builder.end_building().complete()
         except Exception as error:  # CUDA's errors have no common base with ours
             reason = str(error)
             if is_device_lost(reason):
                 raise
         finally:
-            builder.close()
+            with contextlib.suppress(Exception):  # it ends a capture that was spoilt, and says again that it was
+                builder.close()
         self.may_capture = False
         log.info("cuda graph not captured", model=self.engine.place, reason=reason, next="it runs without")
         return None
