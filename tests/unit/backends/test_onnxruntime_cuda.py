@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_models
@@ -163,7 +165,9 @@ def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -
 
 def test_what_was_staged_is_not_freed_under_what_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside a lent input the buffers must grow in `launch`: what was written to staging memory must not lie in them by then."""
-    backend = load(onnx_models.parse("g (float[N,M] a, float[N,M] b) => (float[N,M] y, float[N,M] z) { y = Sub(a, b) z = Sub(b, a) }"), tmp_path)
+    backend = load(
+        onnx_models.parse("g (float[N,M] a, float[N,M] b) => (float[N,M] y, float[N,M] z) { y = Sub(a, b) z = Sub(b, a) }"), tmp_path
+    )
     free = backend.host.free
 
     def spoil_and_free(pointer: int) -> None:
@@ -454,6 +458,23 @@ def test_a_provider_that_cannot_be_loaded_is_named_with_its_library() -> None:
         pytest.skip("onnxruntime-gpu is not installed, or there is a GPU")
     for name, library in ((providers.CUDA, "libcu"), (providers.TENSORRT, "lib(cu|nvinfer)")):
         assert re.search(rf"{library}\w+\.so\.\d+: cannot open shared object file", providers.provider_failure(name))
+
+
+def test_a_library_that_is_not_found_does_not_keep_others_from_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.backends import onnxruntime_providers as providers
+
+    asked: list[str] = []
+
+    def find(name: str) -> None:
+        asked.append(name)
+        raise ChildProcessError("timed out") if name == "cudart" else RuntimeError(f"Failure finding {name}")
+
+    pathfinder = ModuleType("cuda.pathfinder")
+    pathfinder.load_nvidia_dynamic_lib = find  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
+    providers.load_libraries()
+    assert asked == ["nvrtc", "nvJitLink", "cudart", "cublasLt", "cublas", "curand", "cufft", "cudnn"]
 
 
 def test_the_runtimes_word_for_missing_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
