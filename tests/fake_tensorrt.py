@@ -173,6 +173,7 @@ class Severity(enum.Enum):
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT8 INT32 INT64 BOOL UINT8 FP8")
 TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
 TensorLocation = enum.Enum("TensorLocation", "DEVICE HOST")
+TensorFormat = enum.Enum("TensorFormat", "LINEAR HWC")
 ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", "USER_MANAGED")
 
 
@@ -282,6 +283,16 @@ class FakeEngine:
 
     def get_tensor_location(self, name: str) -> enum.Enum:
         return TensorLocation[self.described.get("location", "DEVICE")]
+
+    def get_tensor_format(self, name: str, profile_index: int) -> enum.Enum:
+        if self.described.get("is_lean"):
+            raise TypeError("Unable to convert function return value to a Python type!")
+        return TensorFormat[self.described.get("format", "LINEAR")]
+
+    def get_tensor_format_desc(self, name: str, profile_index: int) -> str:
+        return {"LINEAR": "Row major linear FP32 format (kLINEAR)", "HWC": "Channel major FP32 format (kHWC)"}[
+            self.described.get("format", "LINEAR")
+        ]
 
     def get_tensor_dtype(self, name: str) -> enum.Enum:
         return DataType[self.described.get("datatype", "FLOAT")]

@@ -343,6 +343,8 @@ def test_kernels_after_the_model_run_behind_it_in_graphs_too(machine: Machine, r
     ("more", "reason"),
     [
         ({"location": "HOST"}, r"1/model\.plan: input 'x' is wanted in host memory"),
+        ({"format": "HWC"}, r"1/model\.plan: input 'x' is laid out as HWC; expected LINEAR, row after row"),
+        ({"format": "HWC", "is_lean": True}, r"input 'x' is laid out as Channel major FP32 format \(kHWC\); expected LINEAR"),
         ({"datatype": "FP8"}, r"input 'x' is FP8, which the protocol cannot carry; expected one of FLOAT, "),
         ({"datatype": "HALF"}, r"input 'x': the model says FP32, TensorRT makes FP16 of it"),
         ({"ranges": [(1, 16)]}, r"expected an engine that takes batches of 32, it was built for \[1,16\] to \[16,16\]"),
@@ -354,6 +356,10 @@ def test_engine_that_does_not_fit_is_refused(machine: Machine, more: Mapping[str
         backend.load()
     backend.close()
     assert not machine.gpu.blocks
+
+
+def test_bindings_that_cannot_name_layouts_load_what_is_linear(machine: Machine) -> None:
+    check(loaded(machine.plan(is_lean=True)), 2)
 
 
 def test_file_that_is_no_plan_is_told_with_tensorrts_reason(machine: Machine) -> None:
