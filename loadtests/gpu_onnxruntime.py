@@ -1,9 +1,10 @@
 """ONNX Runtime on a GPU: what of the bare runtime's rate the backend keeps, and what of it the server. A section of gpu_report.
 
 For each model: a bare IOBinding loop that uploads, runs and downloads, at its best batch size; the backend with one lane and with two, with
-and without CUDA graphs; a server and client processes on the other half of the cores, with the device's busy fraction by NVML meanwhile;
-and the device's free memory over swaps. Rates are rows a second. GPU_REPORT_MODELS="magika=FILE.onnx,ocr_cls=FILE.onnx" has those measured
-beside the generated ones. None of this has run where the project is built.
+and without CUDA graphs, and whether its launch returns before the batch is done; a server and client processes on the other half of the
+cores, with the device's busy fraction by NVML meanwhile; and the device's free memory over swaps. Rates are rows a second.
+GPU_REPORT_MODELS="magika=FILE.onnx,ocr_cls=FILE.onnx" has those measured beside the generated ones. None of this has run where the project
+is built.
 """
 
 from __future__ import annotations
@@ -42,6 +43,8 @@ SIZES = (1, 4, 16, 32, 64, 128)
 SECONDS = 2.0
 SERVED_SECONDS = 6.0
 SWAPS = 50
+LAUNCHES = 50
+GRAPHS = {"cuda_graph": "true"}
 FREE_DIMENSION = 64
 """Taken for a dimension other than the first that a model leaves open."""
 
@@ -107,8 +110,10 @@ def measure(name: str, path: Path, scratch: Path, device_id: int) -> dict[str, A
     bare = {rows: bare_rate(place, rows, device_id) for rows in SIZES}
     best = max(bare, key=lambda rows: bare[rows])
     one, two = (backend_rate(place, best, lanes, {}, device_id) for lanes in (1, 2))
+    share, share_graphs = launch_share(place, best, {}, device_id), float("nan")
     try:
-        graphs: float | str = backend_rate(place, best, 2, {"cuda_graph": "true"}, device_id)
+        graphs: float | str = backend_rate(place, best, 2, GRAPHS, device_id)
+        share_graphs = launch_share(place, best, GRAPHS, device_id)
     except Exception as error:  # of a model that cannot have any
         graphs = str(error)
     served, busy = server_rate(name, scratch, best, device_id)
@@ -121,6 +126,8 @@ def measure(name: str, path: Path, scratch: Path, device_id: int) -> dict[str, A
         "two_lanes": two,
         "overlap": two / one,
         "two_lanes_graphs": graphs,
+        "launch_share": share,
+        "launch_share_graphs": share_graphs,
         "server": served,
         "of_bare": served / bare[best],
         "device_busy": busy,
@@ -196,6 +203,25 @@ def backend_rate(path: Path, rows: int, lanes: int, options: Mapping[str, str], 
         for pending in under_way:
             _finish(pending)
         return done / took
+    finally:
+        backend.close()
+
+
+def launch_share(path: Path, rows: int, options: Mapping[str, str], device_id: int) -> float:
+    """Of the seconds from a batch's launch to its end, the share after which `launch` returns: near 1 where the runtime waits inside, as
+    some versions do when they replay a graph, so that nothing is queued behind a batch before that is done. The median of some."""
+    arrays, shares = sample(path, rows), []
+    backend = load(path, 2, options, device_id)
+    try:
+        for _ in range(5):
+            backend.execute(arrays, None)
+        for _ in range(LAUNCHES):
+            began = time.monotonic()
+            pending = backend.launch(arrays, None)
+            launched = time.monotonic()
+            _finish(pending)
+            shares.append((launched - began) / (time.monotonic() - began))
+        return statistics.median(shares)
     finally:
         backend.close()
 

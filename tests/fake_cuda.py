@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 from headrace.backends.base import Array, DeviceSpace
-from headrace.backends.cuda import DeviceMemory, Gpu
+from headrace.backends.cuda import CudaError, DeviceMemory, Gpu
 from headrace.backends.onnxruntime_cuda import OnnxRuntimeCudaBackend
 from headrace.backends.onnxruntime_session import Provider
 from headrace.config import InstanceConfig
@@ -79,6 +79,8 @@ class HostGpu(Gpu):
         self.copied: list[int] = []
         self.streams: list[FakeStream] = []
         self.events: list[FakeEvent] = []
+        self.allocations_left: int | None = None
+        """So many more are granted; None: all."""
 
     def make_current(self) -> None:
         pass
@@ -95,6 +97,10 @@ class HostGpu(Gpu):
         return self.events[-1]
 
     def allocate(self, size: int) -> int:
+        if self.allocations_left is not None:
+            self.allocations_left -= 1
+            if self.allocations_left < 0:
+                raise CudaError(f"cuMemAlloc of {size} bytes: CUDA_ERROR_OUT_OF_MEMORY (out of memory)")
         block = np.full(size, 0xEE, np.uint8)
         self.blocks[block.ctypes.data] = block
         return block.ctypes.data

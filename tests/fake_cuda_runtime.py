@@ -37,6 +37,11 @@ class CopyKind(enum.IntEnum):
     cudaMemcpyDeviceToHost = 2
 
 
+class CaptureMode(enum.IntEnum):
+    cudaStreamCaptureModeGlobal = 0
+    cudaStreamCaptureModeThreadLocal = 1
+
+
 class Handle:
     def __init__(self) -> None:
         self.bytes = (ctypes.c_char * 64)()
@@ -51,11 +56,17 @@ class FakeCuda:
     cudaIpcMemLazyEnablePeerAccess = 1
     cudaStreamNonBlocking = 1
     cudaMemcpyKind = CopyKind
+    cudaStreamCaptureMode = CaptureMode
     cudaIpcMemHandle_t = Handle
 
     def __init__(self, devices: int = 2) -> None:
         self.devices = devices
         self.device = 0
+        self.has_context = True
+        """Whether the thread has chosen a device; if not, it has one as soon as it does."""
+        self.contexts: set[int] = set()
+        """Devices that have been woken."""
+        self.mode = CaptureMode.cudaStreamCaptureModeGlobal
         self.memory: dict[bytes, Any] = {}
         self.opened: list[tuple[int, int]] = []
         """(device, pointer), once for each time it was opened and not yet closed."""
@@ -78,9 +89,22 @@ class FakeCuda:
 
     def cudaSetDevice(self, device: int) -> tuple[Code]:
         self.device = device
+        self.has_context = True
+        self.contexts.add(device)
         return (Code.SUCCESS,)
 
+    def cuCtxGetCurrent(self) -> tuple[Code, int]:
+        return Code.SUCCESS, 4711 if self.has_context else 0
+
+    def cudaThreadExchangeStreamCaptureMode(self, mode: CaptureMode) -> tuple[Code, CaptureMode]:
+        before, self.mode = self.mode, mode
+        return Code.SUCCESS, before
+
+    def _check_apart(self) -> None:
+        assert self.mode is CaptureMode.cudaStreamCaptureModeThreadLocal, "it would spoil what other threads capture"
+
     def cudaIpcOpenMemHandle(self, handle: Handle, flags: int) -> tuple[Code, int]:
+        self._check_apart()
         buffer = self.memory.get(bytes(handle.bytes))
         if buffer is None or flags != self.cudaIpcMemLazyEnablePeerAccess:
             return Code.INVALID_VALUE, 0
@@ -88,13 +112,17 @@ class FakeCuda:
         return Code.SUCCESS, ctypes.addressof(buffer)
 
     def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Code]:
+        self._check_apart()
         self.opened.remove((self.device, pointer))
         return (Code.SUCCESS,)
 
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Code, str]:
+        self._check_apart()
         return Code.SUCCESS, f"stream of {self.device}"
 
     def cudaMemcpyAsync(self, dst: int, src: int, count: int, kind: CopyKind, stream: str) -> tuple[Code]:
+        self._check_apart()
+        assert stream == f"stream of {self.device}"
         if not self.failing:
             self.copies.append(kind)
             ctypes.memmove(dst, src, count)
@@ -121,6 +149,8 @@ class FakeCuda:
 def install(monkeypatch: pytest.MonkeyPatch, cuda: FakeCuda | None) -> None:
     """Put it where `import cuda.bindings` finds it; None: as if the package were not installed."""
     bindings = types.ModuleType("cuda.bindings")
+    for name in ("cuda.bindings.runtime", "cuda.bindings.driver"):  # the real ones, where another test has imported them
+        monkeypatch.delitem(sys.modules, name, raising=False)
     if cuda is not None:
         bindings.runtime = bindings.driver = cuda  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "cuda", types.ModuleType("cuda"))

@@ -116,12 +116,14 @@ class FakeGraph:
 
 
 class FakeGraphBuilder:
-    """As cuda.core's: `queued` is its stream's, so that kernels can be given either."""
+    """As cuda.core's: `queued` is its stream's, so that kernels can be given either. A capture that was spoilt (`error`) cannot be ended,
+    and then `close`, which would end it, raises too."""
 
     def __init__(self, graphs: list[FakeGraph], error: Exception | None = None) -> None:
         self.stream = NumberedStream()
         self._graphs = graphs
         self._error = error
+        self._is_building = False
         self.is_closed = False
 
     @property
@@ -130,17 +132,23 @@ class FakeGraphBuilder:
 
     def begin_building(self, mode: str) -> None:
         assert mode == "thread_local"
+        self._is_building = True
 
-    def end_building(self) -> None:
+    def end_building(self) -> FakeGraphBuilder:
         if self._error is not None:
             raise self._error
+        self._is_building = False
+        return self
 
     def complete(self) -> FakeGraph:
+        assert not self._is_building
         self._graphs.append(FakeGraph(self.queued))
         return self._graphs[-1]
 
     def close(self) -> None:
         self.is_closed = True
+        if self._is_building:
+            raise RuntimeError("CUDA_ERROR_STREAM_CAPTURE_INVALIDATED: the operation failed due to a previous error during capture")
 
 
 class QueuedKernels:
@@ -165,6 +173,7 @@ class Severity(enum.Enum):
 DataType = enum.Enum("DataType", "FLOAT HALF BF16 INT8 INT32 INT64 BOOL UINT8 FP8")
 TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
 TensorLocation = enum.Enum("TensorLocation", "DEVICE HOST")
+TensorFormat = enum.Enum("TensorFormat", "LINEAR HWC")
 ExecutionContextAllocationStrategy = enum.Enum("ExecutionContextAllocationStrategy", "USER_MANAGED")
 
 
@@ -274,6 +283,16 @@ class FakeEngine:
 
     def get_tensor_location(self, name: str) -> enum.Enum:
         return TensorLocation[self.described.get("location", "DEVICE")]
+
+    def get_tensor_format(self, name: str, profile_index: int) -> enum.Enum:
+        if self.described.get("is_lean"):
+            raise TypeError("Unable to convert function return value to a Python type!")
+        return TensorFormat[self.described.get("format", "LINEAR")]
+
+    def get_tensor_format_desc(self, name: str, profile_index: int) -> str:
+        return {"LINEAR": "Row major linear FP32 format (kLINEAR)", "HWC": "Channel major FP32 format (kHWC)"}[
+            self.described.get("format", "LINEAR")
+        ]
 
     def get_tensor_dtype(self, name: str) -> enum.Enum:
         return DataType[self.described.get("datatype", "FLOAT")]

@@ -48,9 +48,11 @@ class Modules:
         if source not in self._modules:
             self._modules[source] = ObjectCode.from_fatbin(str(self.fatbin)) if source == "fatbin" else self.compile(source)
         try:
-            return self._modules[source].get_kernel(name)
+            kernel = self._modules[source].get_kernel(name)
+            _put_on_device(kernel)
         except Exception as error:
             raise KernelsUnavailable(f"kernel {name!r} of {self.origin} for {self.architecture}: {error}") from error
+        return kernel
 
     def compile(self, source: str) -> ObjectCode:
         """Needs NVRTC, and no device. Machine code, not PTX: a driver older than NVRTC takes it too, within one major version."""
@@ -63,6 +65,17 @@ class Modules:
                 return Program(text(source), "c++", options).compile("cubin", cache=cache)
         except Exception as error:
             raise KernelsUnavailable(unavailable(f"NVRTC cannot compile {source}.cu for {self.architecture}", error)) from error
+
+
+def _put_on_device(kernel: Kernel) -> None:
+    """CUDA does so by itself at the first launch, as long as that is not into a graph (CUDA_MODULE_LOADING is LAZY)."""
+    from cuda.bindings import driver
+
+    code, function = driver.cuKernelGetFunction(driver.CUkernel(int(kernel.handle)))
+    if not code:
+        (code,) = driver.cuFuncLoad(function)
+    if code:
+        raise RuntimeError(f"it cannot be loaded: {code.name}")
 
 
 def cuda_core() -> Any:

@@ -3,7 +3,8 @@
 How it works. A handle is opened in the primary context of its device, which the runtime makes at the first use of a device and which all
 other users of the runtime in this process share. Copies go over a stream of their own per device that waits for nobody else's work; each is
 waited for, since the client may write there again as soon as it has its answer. The device that a thread has chosen for itself is
-left as it was.
+left as it was; a thread that has none is not given the first, whose context would be made by that. What other threads capture is not spoilt
+by any of this: ONNX Runtime captures graphs in a mode that forbids it to threads which have not said that they stand apart.
 """
 
 # ruff: noqa: N802, N815  # CUDA's names
@@ -34,11 +35,13 @@ class Runtime(Protocol):
     cudaIpcMemLazyEnablePeerAccess: int
     cudaStreamNonBlocking: int
     cudaMemcpyKind: Any
+    cudaStreamCaptureMode: Any
 
     def cudaIpcMemHandle_t(self) -> Any: ...
     def cudaGetDeviceCount(self) -> tuple[Any, int]: ...
     def cudaGetDevice(self) -> tuple[Any, int]: ...
     def cudaSetDevice(self, device: int) -> tuple[Any]: ...
+    def cudaThreadExchangeStreamCaptureMode(self, mode: Any) -> tuple[Any, Any]: ...
     def cudaIpcOpenMemHandle(self, handle: Any, flags: int) -> tuple[Any, int]: ...
     def cudaIpcCloseMemHandle(self, pointer: int) -> tuple[Any]: ...
     def cudaStreamCreateWithFlags(self, flags: int) -> tuple[Any, Any]: ...
@@ -51,6 +54,7 @@ class Runtime(Protocol):
 class Driver(Protocol):
     """The part of cuda.bindings.driver that is used."""
 
+    def cuCtxGetCurrent(self) -> tuple[Any, Any]: ...
     def cuMemGetAddressRange(self, pointer: int) -> tuple[Any, Any, int]: ...
 
 
@@ -125,9 +129,10 @@ class CudaMemory:
         if not size:
             return
         try:
-            stream = self._stream(device)
-            self._call(self._runtime.cudaMemcpyAsync(to, source, size, kind, stream))
-            self._call(self._runtime.cudaStreamSynchronize(stream))
+            with self._on(device):
+                stream = self._stream(device)
+                self._call(self._runtime.cudaMemcpyAsync(to, source, size, kind, stream))
+                self._call(self._runtime.cudaStreamSynchronize(stream))
         except CudaError as error:
             reason = str(error)
         else:
@@ -135,21 +140,28 @@ class CudaMemory:
         raise BackendError(f"CUDA shared memory on device {device} could not be copied: {reason}")
 
     def _stream(self, device: int) -> Any:
+        """On that device."""
         with self._lock:
             if device not in self._streams:
-                with self._on(device):
-                    self._streams[device] = self._call(self._runtime.cudaStreamCreateWithFlags(self._runtime.cudaStreamNonBlocking))
+                self._streams[device] = self._call(self._runtime.cudaStreamCreateWithFlags(self._runtime.cudaStreamNonBlocking))
             return self._streams[device]
 
     @contextmanager
     def _on(self, device: int) -> Iterator[None]:
-        before = self._call(self._runtime.cudaGetDevice())
-        self._call(self._runtime.cudaSetDevice(device))
+        runtime = self._runtime
+        self._call(runtime.cudaThreadExchangeStreamCaptureMode(runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        before = self._call(runtime.cudaGetDevice()) if self._has_context() else device
+        self._call(runtime.cudaSetDevice(device))
         try:
             yield
         finally:
             if before != device:
-                self._call(self._runtime.cudaSetDevice(before))
+                self._call(runtime.cudaSetDevice(before))
+
+    def _has_context(self) -> bool:
+        """Whether the calling thread has a device by now. Not so before the driver is awake, which it says by a code."""
+        code, context = self._driver.cuCtxGetCurrent()
+        return not code and bool(int(context))
 
     def _call(self, result: tuple[Any, ...]) -> Any:
         """What a call returned beside its code."""

@@ -36,6 +36,14 @@ def test_a_part_is_read_and_written_where_the_client_has_it(cuda: FakeCuda, regi
     assert cuda.device == 0, "the thread's own device was changed"
 
 
+def test_a_thread_without_a_device_wakes_the_regions_own_alone(cuda: FakeCuda, regions: CudaRegions) -> None:
+    handle, _ = cuda.allocate(8)
+    cuda.has_context = False
+    regions.register("r", handle, 1, 8)
+    regions.view("r", 0, 8).read()
+    assert cuda.contexts == {1}
+
+
 @pytest.mark.parametrize(
     ("size", "device", "handle", "text"),
     [
@@ -164,6 +172,8 @@ def test_the_real_bindings_have_what_is_called_and_say_what_is_missing_without_a
     assert runtime.CUDA_IPC_HANDLE_SIZE == 64
     assert runtime.cudaIpcMemLazyEnablePeerAccess == FakeCuda.cudaIpcMemLazyEnablePeerAccess
     assert inspect.isclass(runtime.cudaIpcMemHandle_t)
+    assert runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal == FakeCuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+    assert not int(driver.CUcontext())
     if runtime.cudaGetDeviceCount()[0]:
         with pytest.raises(CudaMissing, match="no CUDA device can be used: "):
             CudaMemory.load()

@@ -88,7 +88,7 @@ def _free_bytes(gpu: Gpu) -> int:
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 _LOST = {
-    4: "DEINITIALIZED", 46: "DEVICE_UNAVAILABLE", 101: "INVALID_DEVICE", 214: "ECC_UNCORRECTABLE", 220: "NVLINK_UNCORRECTABLE",
+    4: "DEINITIALIZED", 214: "ECC_UNCORRECTABLE", 220: "NVLINK_UNCORRECTABLE",
     226: "CONTAINED", 700: "ILLEGAL_ADDRESS", 702: "LAUNCH_TIMEOUT", 709: "CONTEXT_IS_DESTROYED", 710: "ASSERT",
     714: "HARDWARE_STACK_ERROR", 715: "ILLEGAL_INSTRUCTION", 716: "MISALIGNED_ADDRESS", 717: "INVALID_ADDRESS_SPACE", 718: "INVALID_PC",
     719: "LAUNCH_FAILED", 721: "TENSOR_MEMORY_LEAK", 810: "MPS_CLIENT_TERMINATED", 911: "EXTERNAL_DEVICE", 999: "UNKNOWN",
@@ -108,7 +108,7 @@ _LOST_WORDS = (
 _NAME = re.compile(r"CUDA_ERROR_(\w+)|cudaError([A-Z]\w+)")
 _NUMBER = re.compile(r"CUDA (?:failure|error):? (\d+)", re.IGNORECASE)
 _RUNTIME_NAMES = {"".join(word.capitalize() for word in name.split("_")) for name in _LOST.values()} | {
-    "LaunchFailure", "DevicesUnavailable", "ECCUncorrectable", "EccUncorrectable", "NvlinkUncorrectable", "InvalidPc",
+    "LaunchFailure", "ECCUncorrectable", "EccUncorrectable", "NvlinkUncorrectable", "InvalidPc",
     "HardwareStackError", "CudartUnloading",
 }  # fmt: skip
 """cudaError_t's names for the same; some differ by more than their spelling."""

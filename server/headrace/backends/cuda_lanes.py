@@ -71,7 +71,8 @@ def lay_out(tensors: Mapping[str, tuple[tuple[int, ...], np.dtype[Any]]]) -> Lay
 class Slab:
     """Memory on a device and, with `on_host`, as much pinned memory that mirrors it.
 
-    Owns both. They grow by need up to `limit` and never shrink; `generation` counts how often they have moved.
+    Owns both. They grow by need up to `limit` and never shrink; `generation` changes when they move, and when there was
+    no memory to move to.
     """
 
     def __init__(self, gpu: Gpu, *, on_host: bool = True, limit: int = SLAB_LIMIT) -> None:
@@ -99,13 +100,13 @@ class Slab:
                 f"a batch whose tensors take {size} bytes: expected at most {self._limit}, which a device buffer may grow to"
             )
         grown = min(max(size, 2 * self.size, SMALLEST_SLAB), self._limit)
+        self.generation += 1  # before: also when no larger one can be had, nothing may use what is about to be freed
         self.close()
         self._device = self._gpu.allocate(grown)
         if self._on_host:
             self._pinned = self._gpu.allocate_pinned(grown)
             self._host = np.ctypeslib.as_array((ctypes.c_uint8 * grown).from_address(self._pinned))
         self.size = grown
-        self.generation += 1
 
     def array(self, place: Place) -> Array:
         """Its host memory, where there is any. Not to be touched after the slab has moved or closed."""

@@ -181,8 +181,8 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
 
     def stage(self, shapes: Mapping[str, tuple[int, ...]]) -> Mapping[str, Array]:
         lane = self._lanes.first if self._lanes is not None else None
-        if self._is_plain or lane is None or self._runs is None or not shapes.keys() <= self._inputs:
-            return {}
+        if self._is_plain or lane is None or self._runs is None or shapes.keys() != self._inputs:
+            return {}  # beside inputs that are lent there would be room for these alone, and `launch` would move what is in it
         layout = self._runs.lay_out_inputs(shapes)
         try:
             lane.inputs.reserve(max(layout.size, 1))
@@ -241,16 +241,13 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
 
     def _fill(self, lane: Lane, layout: Layout, inputs: Mapping[str, Array], lent: Mapping[str, DeviceArray]) -> None:
         """Put the inputs where the layout has them, on the device: what is lent is copied too, so that bindings and graphs hold."""
-        moved, end = [], 0
+        end = 0
         for name, given in inputs.items():
             place = layout.places[name]
             end = max(end, place.offset + place.size)
             target = lane.inputs.array(place)
             if given is not target and given.ctypes.data != target.ctypes.data:
-                # What was staged without the lent ones lies elsewhere in the same slab, where others go.
-                moved.append((target, given.copy() if lent else given))
-        for target, given in moved:
-            target[...] = given
+                target[...] = given
         places = {name: layout.places[name] for name in lent}
         lane.upload(end, [(lane.inputs.address(place), lent[name].pointer, place.size) for name, place in places.items()])
         for name in self._on_host.intersection(lent):

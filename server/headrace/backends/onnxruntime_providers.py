@@ -102,7 +102,9 @@ _HINTS = {
     TENSORRT: "this provider needs libnvinfer.so.10 and libnvonnxparser.so.10 of TensorRT 10, whose directory belongs on LD_LIBRARY_PATH",
 }
 
-_LIBRARIES = ("cudart", "cublasLt", "cublas", "curand", "cufft", "cudnn")
+_LIBRARIES = ("nvrtc", "nvJitLink", "cudart", "cublasLt", "cublas", "curand", "cufft", "cudnn")
+"""By their names in cuda.pathfinder, what others need first. The provider is not linked with the first two, but cuDNN and cuFFT compile
+kernels by them, and look for them no earlier than then."""
 
 
 def load_libraries() -> None:
@@ -118,5 +120,5 @@ def load_libraries() -> None:
     for name in _LIBRARIES:
         try:
             load_nvidia_dynamic_lib(name)
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             log.debug("library not found", library=name, reason=str(error).partition("\n")[0])

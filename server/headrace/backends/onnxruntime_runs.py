@@ -5,12 +5,14 @@ has its outputs bound by name: the runtime allocates them, and their shapes are 
 lane's output slab, which is downloaded in one copy. A model whose output shapes depend on more than its inputs' is found out by the
 runtime, which refuses the bound shape, and keeps the first way.
 
-The runtime computes in our stream and waits for nothing (`disable_synchronize_execution_providers`); `done` of the lane tells the end.
+The runtime computes in our stream and, but for graphs, waits for nothing (`disable_synchronize_execution_providers`); `done` of the lane
+tells the end.
 
 CUDA graphs: one for each lane and each set of shapes that was asked for, since a graph has its addresses frozen. All are of the one
 session, in the one stream, and are captured by the thread that replays them, as the runtime keeps graphs by thread. The memory that a
 graph computes in is the arena's again after the capture; what is bound by name may then lie in it, and is therefore copied out in the
-compute stream, before the next graph can run.
+compute stream, before the next graph can run. A replay may wait for the stream inside the runtime, by its version and whatever the run
+options say: then nothing is queued behind such a batch before it has been computed.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ Rule for changing this file: every call that tells its failure by False or None 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -32,6 +33,8 @@ log = get_logger(__name__)
 
 GRAPHS = 16
 """Contexts with a graph that one lane may have; a server that restricts batch sizes has fewer sizes than that."""
+LINEAR = "LINEAR"
+"""The one layout of tensors that clients send: the last dimension's elements one behind the other."""
 Step = Callable[[Any], None]
 """Queues work around the model, on a stream or into a graph: cuda.core's Stream or GraphBuilder."""
 
@@ -94,6 +97,9 @@ class Engine:
             kind = engine.get_tensor_mode(name).name
             if engine.get_tensor_location(name).name != "DEVICE":
                 raise LoadError(f"{self.place}: {kind.lower()} '{name}' is wanted in host memory, as a shape; that is not supported")
+            for profile in range(engine.num_optimization_profiles):
+                if (layout := _layout(engine, name, profile)) != LINEAR:
+                    raise LoadError(f"{self.place}: {kind.lower()} '{name}' is laid out as {layout}; expected {LINEAR}, row after row")
             datatype = DATATYPES.get(engine.get_tensor_dtype(name).name)
             if datatype is None:
                 raise LoadError(
@@ -109,6 +115,14 @@ class Engine:
             Profile({name: _shape_range(engine.get_tensor_profile_shape(name, index)) for name in names})
             for index in range(engine.num_optimization_profiles)
         )
+
+
+def _layout(engine: ICudaEngine, name: str, profile: int) -> str:
+    try:
+        return engine.get_tensor_format(name, profile).name
+    except TypeError:  # the lean and dispatch builds' bindings do not have the type that it returns
+        words = engine.get_tensor_format_desc(name, profile)
+    return words if "channel" in words.lower() else LINEAR
 
 
 def _shape_range(shapes: Sequence[Dims]) -> ShapeRange:
@@ -245,17 +259,15 @@ class Bound:
         builder = create_graph_builder()
         try:
             builder.begin_building(mode="thread_local")
-            try:
-                self._queue(builder, builder.stream, wiring)
-            finally:
-                builder.end_building()
-            return builder.complete()
+            self._queue(builder, builder.stream, wiring)
+            return builder.end_building().complete()
         except Exception as error:  # CUDA's errors have no common base with ours
             reason = str(error)
             if is_device_lost(reason):
                 raise
         finally:
-            builder.close()
+            with contextlib.suppress(Exception):  # it ends a capture that was spoilt, and says again that it was
+                builder.close()
         self.may_capture = False
         log.info("cuda graph not captured", model=self.engine.place, reason=reason, next="it runs without")
         return None

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from headrace.backends.base import Array, Backend
+from headrace.backends.base import Array, Backend, PipelinedBackend
 from headrace.backends.worker import WarmUp
 from headrace.batching.batch_queue import NEVER
 from headrace.batching.latency import LatencyTable
@@ -91,6 +91,7 @@ def warm_up(
 
     `known`: of the version before this one; l(b) is this one's too unless it shows itself slower. Measuring takes half a second of a
     core that serves, and beside other load it measures that. Then the smallest batch that tells all is run, and the sizes that must.
+    A PipelinedBackend runs all that have been measured, now or before, in each lane.
     Synthesised inputs that the model refuses are no failure of the model: it says so and goes on. `recorded` ones are, being what
     clients send: raises LoadError with the request's name.
     Raises BatchAxisError when the model batches by its signature but not in fact.
@@ -102,9 +103,11 @@ def warm_up(
         return WarmUp({})
     for guess in FREE_DIMENSION_GUESSES if has_free_dimension(signature) else FREE_DIMENSION_GUESSES[-1:]:
         try:
+            if isinstance(backend, PipelinedBackend):
+                _warm_lanes(backend, signature, guess, [rows for rows in sizes if must_run_all or rows in known.seconds])
             first = _run_first(backend, signature, sizes, guess, must_be_pair=not known.has_same_graph)
             if known.seconds:
-                if must_run_all:
+                if must_run_all and not isinstance(backend, PipelinedBackend):
                     _run_others(backend, signature, guess, sizes, first.rows)
                 limit = SLOWER * known.seconds.get(first.rows, NEVER) + SLOWER_BY
                 # What is done once may have made the first run slow: then the second one tells.
@@ -112,6 +115,8 @@ def warm_up(
                     return WarmUp(known.seconds)
             sample = functools.partial(_sample, backend, signature, guess)
             seconds = measure(sample, sizes, runs, must_run_all=must_run_all, left=_countdown(TIME_BUDGET))
+            if isinstance(backend, PipelinedBackend) and not must_run_all:
+                _warm_lanes(backend, signature, guess, list(seconds))
             backend.shrink(synthesise(signature, 1, guess))
             return WarmUp(seconds)
         except BatchAxisError:
@@ -150,6 +155,15 @@ def _run_others(backend: Backend, signature: Signature, guess: int, sizes: Seque
     for rows in sizes:
         if rows != done:
             backend.warm(synthesise(signature, rows, guess))
+
+
+def _warm_lanes(backend: PipelinedBackend, signature: Signature, guess: int, sizes: Sequence[int]) -> None:
+    """Each size in each lane, the largest first: buffers that grow move, and a CUDA graph captured before that is captured anew by the
+    next batch of its size, which would be a client's."""
+    for rows in sorted(sizes, reverse=True):
+        inputs = synthesise(signature, rows, guess)
+        for _ in range(backend.lanes):
+            backend.warm(inputs)
 
 
 def has_free_dimension(signature: Signature) -> bool:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import re
+import sys
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx_models
@@ -143,10 +145,9 @@ def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -
     owner = weakref.ref(theirs)
     assert backend.accepts_device_inputs
     for number in range(3):
-        staged = backend.stage({"a": (2, 3)})
-        staged["a"][...] = number
+        assert backend.stage({"a": (2, 3)}) == {}, "the lane has no place for it before it is known what lies beside it"
         backend.lend({"b": lent})
-        pending = backend.launch(staged, None)
+        pending = backend.launch({"a": np.full((2, 3), number, np.float32)}, None)
         total, product = pending.wait()
         assert (total == number + 9).all()
         assert (product == number * 9).all()
@@ -162,17 +163,26 @@ def test_inputs_that_a_client_has_on_the_device_are_read_there(tmp_path: Path) -
         backend.launch({"a": np.ones((2, 3), np.float32)}, None)
 
 
-def test_what_was_staged_is_not_overwritten_by_what_is_lent(tmp_path: Path) -> None:
+def test_what_was_staged_is_not_freed_under_what_is_lent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside a lent input the buffers must grow in `launch`: what was written to staging memory must not lie in them by then."""
     backend = load(
-        onnx_models.parse("g (float[N,1] a, float[N,1] b, float[N,1] c) => (float[N,3] y) { y = Concat<axis=1>(a, b, c) }"), tmp_path
+        onnx_models.parse("g (float[N,M] a, float[N,M] b) => (float[N,M] y, float[N,M] z) { y = Sub(a, b) z = Sub(b, a) }"), tmp_path
     )
-    theirs = np.ones((70, 1), np.float32)
-    for _ in range(3):
-        staged = backend.stage({"b": (70, 1), "c": (70, 1)})
-        staged["b"][...], staged["c"][...] = 2, 3
-        backend.lend({"a": DeviceArray("cuda:0", theirs.ctypes.data, (70, 1), theirs.dtype, theirs)})
-        pending = backend.launch(staged, None)
-        np.testing.assert_array_equal(pending.wait()[0], np.tile([1, 2, 3], (70, 1)))
+    free = backend.host.free
+
+    def spoil_and_free(pointer: int) -> None:
+        backend.host.blocks[pointer][:] = 0xDD
+        free(pointer)
+
+    monkeypatch.setattr(backend.host, "free", spoil_and_free)
+    monkeypatch.setattr(backend.host, "free_pinned", spoil_and_free)
+    for columns in (4, 12_000, 30_000):
+        theirs, ours = np.full((1, columns), 7, np.float32), np.arange(columns, dtype=np.float32).reshape(1, columns)
+        given = dict(backend.stage({"a": (1, columns)})) or {"a": np.empty((1, columns), np.float32)}
+        given["a"][...] = ours
+        backend.lend({"b": DeviceArray("cuda:0", theirs.ctypes.data, theirs.shape, theirs.dtype, theirs)})
+        pending = backend.launch(given, ["y"])
+        np.testing.assert_array_equal(pending.wait()[0], ours - 7)
         pending.release()
 
 
@@ -181,6 +191,28 @@ def test_a_larger_batch_moves_the_buffers_and_is_right(tmp_path: Path) -> None:
     for rows in (1, 1, 9000, 9000, 9000, 1, 1):
         x = np.random.default_rng(rows).standard_normal((rows, 4), np.float32)
         np.testing.assert_array_equal(backend.execute({"x": x}, None)[0], x)
+
+
+def test_a_batch_that_gets_no_memory_leaves_nothing_that_is_known_of_what_it_freed(tmp_path: Path) -> None:
+    """Bindings hold addresses: of memory that was given back for a larger block, which was then not to be had."""
+    backend = load(onnx_models.parse("g (float[N,4] x) => (float[N,64] y) { y = Concat<axis=1>(" + ",".join(["x"] * 16) + ") }"), tmp_path)
+    runs, lanes = backend._runs, backend._lanes
+    assert runs is not None
+    assert lanes is not None
+    small, large = np.ones((1, 4), np.float32), np.ones((1000, 4), np.float32)  # 16 kB and 256 kB: the outputs alone must grow
+    for _ in range(4):
+        backend.execute({"x": small}, None)
+    lane = lanes.first
+    assert lane is not None
+    known = [(key, plan.generation) for key, plan in runs._plans[lane.index].items()]
+    backend.host.allocations_left = 0
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        backend.execute({"x": large}, None)
+    backend.host.allocations_left = None
+    assert lane.outputs.size == 0
+    assert all(generation != lane.generation for _, generation in known), "a plan of memory that is gone is still taken for good"
+    for x in (small, small, large, large, small):
+        np.testing.assert_array_equal(backend.execute({"x": x}, None)[0], np.tile(x, 16))
 
 
 def test_a_batch_beyond_the_limit_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -426,6 +458,23 @@ def test_a_provider_that_cannot_be_loaded_is_named_with_its_library() -> None:
         pytest.skip("onnxruntime-gpu is not installed, or there is a GPU")
     for name, library in ((providers.CUDA, "libcu"), (providers.TENSORRT, "lib(cu|nvinfer)")):
         assert re.search(rf"{library}\w+\.so\.\d+: cannot open shared object file", providers.provider_failure(name))
+
+
+def test_a_library_that_is_not_found_does_not_keep_others_from_being_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    from headrace.backends import onnxruntime_providers as providers
+
+    asked: list[str] = []
+
+    def find(name: str) -> None:
+        asked.append(name)
+        raise ChildProcessError("timed out") if name == "cudart" else RuntimeError(f"Failure finding {name}")
+
+    pathfinder = ModuleType("cuda.pathfinder")
+    pathfinder.load_nvidia_dynamic_lib = find  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+    monkeypatch.setitem(sys.modules, "cuda.pathfinder", pathfinder)
+    providers.load_libraries()
+    assert asked == ["nvrtc", "nvJitLink", "cudart", "cublasLt", "cublas", "curand", "cufft", "cudnn"]
 
 
 def test_the_runtimes_word_for_missing_tensorrt_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,6 +204,30 @@ def test_shape_that_the_engine_was_not_built_for_fails_its_batch_alone(machine: 
     check(backend, 2)
 
 
+def test_batch_that_gets_no_memory_leaves_no_graph_of_what_it_freed(machine: Machine) -> None:
+    """The fake's own memory is the host's: a replay at addresses that were given back would end the process."""
+    backend = machine.plan(ranges=[(1, 4096)])
+    backend.expect(expected(4096))
+    backend.load()
+    lanes = backend._lanes
+    assert lanes is not None
+    for each in lanes.all:
+        each.inputs.reserve(4 * WIDTH * 4096)  # so that the outputs alone must grow
+    for _ in range(4):
+        check(backend, 1)
+    lane = lanes.first
+    assert lane is not None
+    [known] = backend._wirings[lane.index].values()
+    machine.gpu.allocations_left = 0
+    with pytest.raises(BackendError, match="OUT_OF_MEMORY"):
+        backend.execute(batch(4096), None)
+    machine.gpu.allocations_left = None
+    assert lane.outputs.size == 0
+    assert known.generation != lane.generation
+    for rows in (1, 1, 1, 4096, 1, 1):
+        check(backend, rows, seed=rows)
+
+
 def test_failed_execution_is_told_with_what_tensorrt_logged(machine: Machine) -> None:
     backend = loaded(machine.plan())
     machine.tensorrt.errors["execute_async_v3"] = "Error Code 2: no such tactic"
@@ -319,6 +343,8 @@ def test_kernels_after_the_model_run_behind_it_in_graphs_too(machine: Machine, r
     ("more", "reason"),
     [
         ({"location": "HOST"}, r"1/model\.plan: input 'x' is wanted in host memory"),
+        ({"format": "HWC"}, r"1/model\.plan: input 'x' is laid out as HWC; expected LINEAR, row after row"),
+        ({"format": "HWC", "is_lean": True}, r"input 'x' is laid out as Channel major FP32 format \(kHWC\); expected LINEAR"),
         ({"datatype": "FP8"}, r"input 'x' is FP8, which the protocol cannot carry; expected one of FLOAT, "),
         ({"datatype": "HALF"}, r"input 'x': the model says FP32, TensorRT makes FP16 of it"),
         ({"ranges": [(1, 16)]}, r"expected an engine that takes batches of 32, it was built for \[1,16\] to \[16,16\]"),
@@ -330,6 +356,10 @@ def test_engine_that_does_not_fit_is_refused(machine: Machine, more: Mapping[str
         backend.load()
     backend.close()
     assert not machine.gpu.blocks
+
+
+def test_bindings_that_cannot_name_layouts_load_what_is_linear(machine: Machine) -> None:
+    check(loaded(machine.plan(is_lean=True)), 2)
 
 
 def test_file_that_is_no_plan_is_told_with_tensorrts_reason(machine: Machine) -> None:

@@ -44,6 +44,15 @@ def test_cuda_core_takes_the_launches() -> None:
     assert held == [one if isinstance(one, int) else one.value for one in launch.arguments]
 
 
+def test_the_bindings_have_the_calls_that_put_a_kernel_on_a_device() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver", reason="cuda-bindings is not installed")
+    core = pytest.importorskip("cuda.core")
+    assert callable(driver.cuKernelGetFunction)
+    assert callable(driver.cuFuncLoad)
+    assert int(driver.CUkernel(4711)) == 4711
+    assert hasattr(core.Kernel, "handle")
+
+
 @pytest.mark.parametrize("size", [None, (5, 5)])
 def test_the_definition_is_within_the_tolerance_that_the_kernel_is_held_to(size: tuple[int, int] | None) -> None:
     from loadtests.kernel_cases import near, normalized

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx_models
 import pytest
+from fake_cuda import HostBackend
 from headrace.backends.base import ArtifactSignature
 from headrace.batching.latency import worthwhile_batch
 from headrace.config import InstanceConfig
-from headrace.lifecycle.warm_up import TIME_BUDGET, BatchAxisError, batch_sizes, measure, warm_up
+from headrace.lifecycle.warm_up import NOTHING_KNOWN, TIME_BUDGET, BatchAxisError, Known, batch_sizes, measure, warm_up
 from headrace.signature import DataType, Signature, TensorSpec
 from headrace.testing import FakeBackend
 
@@ -91,6 +93,38 @@ def test_only_allowed_sizes_are_run() -> None:
     signature = Signature("m", backend.artifact.inputs, backend.artifact.outputs, 8)
     warm_up(backend, signature, [4, 8], 2, must_run_all=True)
     assert {len(batch["x"]) for batch in backend.batches} == {4, 8}
+
+
+@pytest.mark.parametrize("is_restricted", [True, False])
+@pytest.mark.parametrize("is_swap", [True, False])
+def test_buffers_of_a_device_move_no_more_once_a_model_serves(is_restricted: bool, is_swap: bool, tmp_path: Path) -> None:
+    """As what has been captured at their addresses would be captured anew, while a client waits."""
+    path = onnx_models.save(onnx_models.identity(), tmp_path / "m/1")
+    backend = HostBackend(path, InstanceConfig(device="cuda:0", options={"cuda_graph": "true"}))
+    backend.load()
+    artifact = HostBackend.inspect(path)
+    sizes = [1, 1000, 9000, 30_000]
+    known = Known(dict.fromkeys(sizes, 1.0)) if is_swap else NOTHING_KNOWN
+    warmed = warm_up(backend, Signature("m", artifact.inputs, artifact.outputs, 30_000), sizes, 2, must_run_all=is_restricted, known=known)
+    assert not warmed.failure
+    runs = backend._runs
+    assert runs is not None
+    captured = runs._next_graph
+    for rows in warmed.seconds:
+        for _ in range(backend.lanes):
+            backend.launch({"x": np.zeros((rows, 4), np.float32)}, None).release()
+    assert set(warmed.seconds) >= {1, 1000}
+    assert runs._next_graph == captured > 1 + 2 * backend.lanes
+    backend.close()
+
+
+@pytest.mark.parametrize("must_run_all", [True, False])
+def test_a_backend_on_the_host_runs_a_known_models_sizes_upwards(must_run_all: bool) -> None:
+    backend = FakeBackend.make()(Path("model.fake"), InstanceConfig())
+    signature = Signature("m", backend.artifact.inputs, backend.artifact.outputs, 8)
+    known = Known({1: 1.0, 4: 2.0, 8: 3.0})
+    assert warm_up(backend, signature, [1, 4, 8], 2, must_run_all=must_run_all, known=known).seconds == known.seconds
+    assert [len(batch["x"]) for batch in backend.batches] == ([4, 1, 8] if must_run_all else [4])
 
 
 def test_a_false_batch_dimension_is_found_out() -> None:
