@@ -12,7 +12,8 @@ from headrace_kernels.sources import source_of, text
 if TYPE_CHECKING:
     from cuda.core import Kernel, ObjectCode
 
-EXTRA = "pip install 'headrace[gpu]'"
+INSTALL = "pip install cuda-core 'cuda-bindings>=13,<14' nvidia-cuda-nvrtc"
+"""Not the extra `gpu`: beside the extra `cpu` it would bring a second ONNX Runtime."""
 
 
 class Modules:
@@ -83,7 +84,7 @@ def cuda_core() -> Any:
     try:
         import cuda.core
     except ImportError as error:
-        raise KernelsUnavailable(f"the device kernels need the packages cuda-core and cuda-bindings ({error}): {EXTRA}") from error
+        raise KernelsUnavailable(f"the device kernels need the packages cuda-core and cuda-bindings ({error}): {INSTALL}") from error
     return cuda.core
 
 
@@ -92,7 +93,7 @@ def unavailable(what: str, error: Exception) -> str:
     reason = str(error) or type(error).__name__
     if not any(words in reason.lower() for words in ("not found", "no such file", "cannot open", "failure finding")):
         return f"{what}: {reason}"
-    return f"{what}: {reason.splitlines()[0]} (the driver comes with the GPU, NVRTC with {EXTRA})"
+    return f"{what}: {reason.splitlines()[0]} (the driver comes with the GPU, NVRTC: {INSTALL})"
 
 
 __all__ = ["Modules", "cuda_core", "unavailable"]

@@ -87,7 +87,7 @@ class CudaMemory:
         try:
             from cuda.bindings import driver, runtime
         except ImportError as error:
-            raise CudaMissing(f"the package cuda-bindings is not there ({error}); pip install 'headrace[gpu]'") from None
+            raise CudaMissing(f"the package cuda-bindings is not there ({error}); pip install 'cuda-bindings>=13,<14'") from None
         return cls(runtime, driver)
 
     def open(self, device: int, handle: bytes) -> int:

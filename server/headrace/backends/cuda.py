@@ -28,7 +28,7 @@ def cuda_unavailable() -> str:
         from cuda.bindings import driver
         from cuda.core import Device  # noqa: F401  # whether it is there
     except ImportError as error:
-        return f"the Python package cuda-core is not there ({error}); pip install 'headrace[gpu]'"
+        return f"the Python package cuda-core is not there ({error}); pip install cuda-core 'cuda-bindings>=13,<14'"
     try:
         (code,) = driver.cuInit(0)
         if code == driver.CUresult.CUDA_ERROR_NO_DEVICE:

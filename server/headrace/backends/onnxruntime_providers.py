@@ -23,7 +23,7 @@ TENSORRT = "TensorrtExecutionProvider"
 def gpu_unavailable() -> str:
     """Why no session can run on a GPU in this process, naming what is missing; empty: it can. Raises LoadError without the runtime."""
     if CUDA not in import_runtime().get_available_providers():
-        return f"the installed onnxruntime has no {CUDA} (onnxruntime-gpu has; pip install 'headrace[gpu]')"
+        return f"the installed onnxruntime has no {CUDA} (onnxruntime-gpu has; pip uninstall onnxruntime, then pip install 'headrace[gpu]')"
     return cuda_unavailable()
 
 

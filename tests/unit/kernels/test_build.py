@@ -123,7 +123,7 @@ def test_a_source_is_one_text_and_a_changed_one_another_fatbin(tmp_path: Path) -
 def test_a_missing_library_is_named_with_what_brings_it() -> None:
     message = unavailable("NVRTC cannot compile topk.cu for sm_90", RuntimeError('Failure finding "libnvrtc.so"\nmore'))
     assert "libnvrtc.so" in message
-    assert "headrace[gpu]" in message
+    assert "pip install cuda-core" in message
     assert unavailable("device 3", RuntimeError("CUDA_ERROR_INVALID_DEVICE")) == "device 3: CUDA_ERROR_INVALID_DEVICE"
 
 
