@@ -115,7 +115,7 @@ def test_a_copy_that_fails_says_why(cuda: FakeCuda, regions: CudaRegions) -> Non
     ("cuda", "text"),
     [
         (FakeCuda(0), "no CUDA device can be used: CUDA driver version is insufficient for CUDA runtime version"),
-        (None, "the package cuda-bindings is not there .*; pip install 'headrace"),
+        (None, "the package cuda-bindings is not there .*; pip install 'cuda-bindings"),
     ],
 )
 def test_without_cuda_it_says_what_is_missing_and_status_is_empty(
