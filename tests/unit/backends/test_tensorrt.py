@@ -88,6 +88,10 @@ def check(backend: TensorRtBackend, rows: int, factor: float = 2.0, seed: int = 
 @pytest.mark.parametrize("filename", ["model.plan", "model.engine", "model"])
 def test_plan_that_nobody_vouched_for_is_refused_and_not_opened(machine: Machine, filename: str) -> None:
     path = machine.directory / "m/1" / filename
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with pytest.raises(LoadError, match=f"expected 1/{filename}, found no such file; 'filename' in model.toml"):
+        TensorRtBackend.check_trusted(path, InstanceConfig(), is_signed=False)
+    path.write_bytes(b"plan")
     with pytest.raises(LoadError, match=r"nobody has vouched for this one: expected a version whose signature is verified .*trust_plans"):
         TensorRtBackend.check_trusted(path, InstanceConfig(), is_signed=False)
     TensorRtBackend.check_trusted(path, InstanceConfig(), is_signed=True)

@@ -196,7 +196,7 @@ def test_without_any_build_the_error_says_what_to_install(monkeypatch: pytest.Mo
         raise ImportError(f"No module named {name!r}")
 
     monkeypatch.setattr(tensorrt_api, "_open", absent)
-    with pytest.raises(LoadError, match=r"runs engines is there .*tensorrt_dispatch.*headrace\[tensorrt\].*tensorrt-lean-cu13"):
+    with pytest.raises(LoadError, match=r"runs engines is there .*tensorrt_dispatch.*headrace\[cpu,tensorrt\].*tensorrt-lean-cu13"):
         find_library()
     with pytest.raises(LoadError, match=r"builds engines of ONNX models is there \(tensorrt: No module named 'tensorrt'\)"):
         find_library(to_build=True)
