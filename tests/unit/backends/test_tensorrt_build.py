@@ -135,7 +135,7 @@ def test_builder_without_tensorrt_says_what_to_install(tmp_path: Path) -> None:
     else:
         pytest.skip("tensorrt is installed")
     with pytest.raises(
-        LoadError, match=r"could not build an engine: no TensorRT that builds engines of ONNX models is there.*headrace\[tensorrt\]"
+        LoadError, match=r"could not build an engine: no TensorRT that builds engines of ONNX models is there.*headrace\[cpu,tensorrt\]"
     ):
         Build(order(tmp_path), 60.0).run()
 
