@@ -110,7 +110,8 @@ def raising(self: Any, inputs: Any, outputs: Any) -> Any:
 
 
 def slow(self: Any, inputs: Any, outputs: Any) -> Any:
-    time.sleep(0.004 if self.path.parent.name == "2" else 0.002)
+    # Far apart: what the machine adds to a sleep now and then must not hide the difference from thirty batches of the old version.
+    time.sleep(0.010 if self.path.parent.name == "2" else 0.002)
     return [inputs["x"]]
 
 
