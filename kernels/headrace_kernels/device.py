@@ -1,4 +1,4 @@
-"""The kernels on a GPU: one launcher method for each, over raw device addresses.
+"""The kernels on a GPU, over raw device addresses: whatever launches.py plans, with a method for each of those that backends launch.
 
 A launcher allocates nothing, waits for nothing and reads nothing back, so it may stand in a CUDA graph: give it the graph's builder
 for the stream. What may change from one replay to the next is in device memory (a row table, `live`, `owners`); every number that is
@@ -63,42 +63,6 @@ class Kernels:
             config = _config(launch.grid, launch.block, launch.shared)
             self._launch(stream, config, self.modules.kernel(launch.kernel), *launch.arguments)
 
-    def gather(
-        self,
-        stream: Stream | GraphBuilder,
-        *,
-        slab: int,
-        table: int,
-        into: int,
-        rows: int,
-        width: int,
-        source: str,
-        target: str,
-        pad: float = 0,
-        mask: int = 0,
-    ) -> None:
-        """Rows from anywhere in `slab` to [rows, width] of `target` at `into`; gather.gather is the definition.
-
-        `table`: int64 [rows, 2] in device memory: byte offset of the row in the slab, a multiple of the element's size (16 is fastest), and
-        its elements. What is missing to `width` is `pad`. gather.row_table makes one from requests; its padding rows point at row 0 of
-        the batch, so that only real rows cross the bus. `mask`: [rows, width] of `target`, 1 where an element came from the slab,
-        else 0; 0: not wanted. `source` and `target` are DATATYPES.
-        """
-        self.run(
-            stream,
-            launches.gather(
-                slab=slab,
-                table=table,
-                into=into,
-                rows=rows,
-                width=width,
-                source=source,
-                target=target,
-                pad=pad,
-                mask=mask,
-            ),
-        )
-
     def normalize(
         self,
         stream: Stream | GraphBuilder,
@@ -127,72 +91,6 @@ class Kernels:
                 channels=channels,
                 normalize=normalize,
                 table=table,
-            ),
-        )
-
-    def screen(
-        self,
-        stream: Stream | GraphBuilder,
-        *,
-        values: int,
-        datatype: str,
-        rows: int,
-        features: int,
-        owners: int,
-        by_feature: int = 0,
-        by_request: int = 0,
-        requests: int = 0,
-    ) -> None:
-        """What is in [rows, features] of DATATYPES: screen.screen is the definition. Both results are written whole, not added to.
-
-        `owners`: int32 [rows] in device memory, the request of each row; -1: padding, not looked at. `by_feature`: [features] of
-        screen.RECORD; `by_request`: [requests] of it. 0: not wanted.
-        """
-        self.run(
-            stream,
-            launches.screen(
-                values=values,
-                datatype=datatype,
-                rows=rows,
-                features=features,
-                owners=owners,
-                by_feature=by_feature,
-                by_request=by_request,
-                requests=requests,
-                multiprocessors=self.multiprocessors,
-            ),
-        )
-
-    def histogram(
-        self,
-        stream: Stream | GraphBuilder,
-        *,
-        values: int,
-        datatype: str,
-        rows: int,
-        features: int,
-        edges: int,
-        edge_count: int,
-        counts: int,
-        live: int = 0,
-    ) -> None:
-        """Adds to `counts` what histogram.count_columns counts of the values as fp32: exactly its numbers.
-
-        `edges`: fp32 [features, edge_count], ascending, padded with +inf. `counts`: int64 [features, edge_count + 1]. `live`: address of
-        an int32: the first so many rows are counted; 0: all.
-        """
-        self.run(
-            stream,
-            launches.histogram(
-                values=values,
-                datatype=datatype,
-                rows=rows,
-                features=features,
-                edges=edges,
-                edge_count=edge_count,
-                counts=counts,
-                live=live,
-                multiprocessors=self.multiprocessors,
             ),
         )
 

@@ -47,6 +47,13 @@ class Launch:
 def gather(
     *, slab: int, table: int, into: int, rows: int, width: int, source: str, target: str, pad: float = 0, mask: int = 0
 ) -> tuple[Launch, ...]:
+    """Rows from anywhere in `slab` to [rows, width] of `target` at `into`; gather.gather is the definition.
+
+    `table`: int64 [rows, 2] in device memory: byte offset of the row in the slab, a multiple of the element's size (16 is fastest), and
+    its elements. What is missing to `width` is `pad`. gather.row_table makes one from requests; its padding rows point at row 0 of
+    the batch, so that only real rows cross the bus. `mask`: [rows, width] of `target`, 1 where an element came from the slab,
+    else 0; 0: not wanted. `source` and `target` are DATATYPES.
+    """
     _check("gather", "source", source, DATATYPES)
     _check("gather", "target", target, DATATYPES)
     if not rows or not width:
@@ -122,6 +129,11 @@ def screen(
     requests: int = 0,
     multiprocessors: int = 132,
 ) -> tuple[Launch, ...]:
+    """What is in [rows, features] of DATATYPES: screen.screen is the definition. Both results are written whole, not added to.
+
+    `owners`: int32 [rows] in device memory, the request of each row; -1: padding, not looked at. `by_feature`: [features] of
+    screen.RECORD; `by_request`: [requests] of it. 0: not wanted.
+    """
     _check("screen", "datatype", datatype, DATATYPES)
     launches = [
         Launch("screen_reset", (_parts(count, 256), 1), (256, 1), (records, ctypes.c_longlong(count)))
@@ -151,6 +163,11 @@ def histogram(
     live: int = 0,
     multiprocessors: int = 132,
 ) -> tuple[Launch, ...]:
+    """Adds to `counts` what histogram.count_columns counts of the values as fp32: exactly its numbers.
+
+    `edges`: fp32 [features, edge_count], ascending, padded with +inf. `counts`: int64 [features, edge_count + 1]. `live`: address of
+    an int32: the first so many rows are counted; 0: all.
+    """
     _check("histogram", "datatype", datatype, DATATYPES)
     if not rows or not features:
         return ()
