@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,8 +14,9 @@ from headrace_kernels.launches import Launch
 from headrace_kernels.normalize import Normalize
 from headrace_kernels.topk import Softmax, TopK
 
-from headrace.backends.base import ArtifactSignature
+from headrace.backends.base import ArtifactSignature, DeviceArray, Expected, PipelinedBackend
 from headrace.backends.processing import Processing, classes_of
+from headrace.config import InstanceConfig
 from headrace.errors import BackendError, LoadError
 from headrace.signature import DataType, TensorSpec
 
@@ -36,6 +38,28 @@ def can_run(processing: Processing, artifact: ArtifactSignature) -> bool:
     if any(spec.optional or not spec.datatype.itemsize for spec in (*artifact.inputs, *artifact.outputs)):
         return False
     return all(spec.datatype in _SCORES for spec in artifact.outputs if spec.name in processing.outputs)
+
+
+class GpuBackend(PipelinedBackend):
+    """What a backend on a GPU is told before it loads, and lent before it launches: kept for it, with the processing that it takes over."""
+
+    def __init__(self, path: Path, instance: InstanceConfig) -> None:
+        super().__init__(path, instance)
+        self._expected: Expected | None = None
+        self._processing = Processing()
+        self._lent: Mapping[str, DeviceArray] = {}
+
+    def expect(self, expected: Expected) -> None:
+        self._expected = expected
+
+    def adopt(self, processing: Processing) -> bool:
+        if self._expected is not None and not can_run(processing, self._expected.artifact):
+            return False
+        self._processing = processing
+        return True
+
+    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
+        self._lent = inputs
 
 
 class DeviceProcessing:
@@ -191,4 +215,4 @@ def load_kernels(processing: Processing, ordinal: int) -> Kernels | None:
     raise LoadError(f"[preprocess] and [postprocess] on cuda:{ordinal}: {reason}")
 
 
-__all__ = ["DeviceProcessing", "Tensor", "can_run", "load_kernels"]
+__all__ = ["DeviceProcessing", "GpuBackend", "Tensor", "can_run", "load_kernels"]

@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from headrace.backends.base import Array, ArtifactSignature, DeviceArray, Expected, Pending, PipelinedBackend
+from headrace.backends.base import Array, ArtifactSignature, DeviceArray, Pending, PipelinedBackend
 from headrace.backends.cuda import Gpu, device_error, device_ordinal, is_device_lost, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout
-from headrace.backends.cuda_processing import DeviceProcessing, can_run, load_kernels
+from headrace.backends.cuda_processing import DeviceProcessing, GpuBackend, load_kernels
 from headrace.backends.onnxruntime import OnnxRuntimeBackend
 from headrace.backends.onnxruntime_options import NO_CPU_FALLBACK, session_options
 from headrace.backends.onnxruntime_providers import check_providers, explain, gpu_unavailable, load_libraries, make_providers
 from headrace.backends.onnxruntime_runs import Key, Runs
 from headrace.backends.onnxruntime_session import Provider, one_line
-from headrace.backends.processing import Processing
 from headrace.config import InstanceConfig
 from headrace.errors import BackendError, DeviceLost, HeadraceError, LoadError
 from headrace.telemetry.log import get_logger
@@ -28,7 +27,7 @@ from headrace.telemetry.log import get_logger
 log = get_logger(__name__)
 
 
-class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
+class OnnxRuntimeCudaBackend(GpuBackend, OnnxRuntimeBackend):
     """Owns one session, the lanes, and what has been learnt of shapes. Models with strings or optional tensors run the way they do on
     the CPU, one batch at a time: the runtime binds neither."""
 
@@ -40,8 +39,6 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         super().__init__(path, instance)
         self._gpu: Gpu | None = None
         self._lanes: Lanes | None = None
-        self._expected: Expected | None = None
-        self._processing = Processing()
         self._runs: Runs | None = None
         self._inputs: frozenset[str] = frozenset()
         self._visible: list[str] = []
@@ -49,7 +46,6 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
         self._is_plain = False
         self._has_graphs = instance.options.get("cuda_graph") == "true"
         self._warmed: set[Key] = set()
-        self._lent: dict[str, DeviceArray] = {}
         self._free_before = 0
         self._device_memory = 0
 
@@ -67,15 +63,6 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
     def device_memory(self) -> int:
         """Bytes of the device that loading and warming up took, of whichever instance did so at that time."""
         return self._device_memory
-
-    def expect(self, expected: Expected) -> None:
-        self._expected = expected
-
-    def adopt(self, processing: Processing) -> bool:
-        if self._expected is not None and not can_run(processing, self._expected.artifact):
-            return False
-        self._processing = processing
-        return True
 
     def load(self) -> None:
         try:
@@ -203,9 +190,6 @@ class OnnxRuntimeCudaBackend(PipelinedBackend, OnnxRuntimeBackend):
             results = PipelinedBackend.execute(self, inputs, names)
         self._measure()
         return results
-
-    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
-        self._lent = dict(inputs)
 
     def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
         names = self._visible if outputs is None else list(outputs)

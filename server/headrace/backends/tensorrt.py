@@ -15,14 +15,13 @@ from pathlib import Path
 
 import numpy as np
 
-from headrace.backends.base import Array, ArtifactSignature, DeviceArray, DeviceSpace, Expected, Pending, PipelinedBackend
+from headrace.backends.base import Array, ArtifactSignature, DeviceArray, DeviceSpace, Pending
 from headrace.backends.cuda import CudaError, Gpu, device_count, device_error, open_device
 from headrace.backends.cuda_lanes import Completion, Lane, Lanes, Layout, Place
-from headrace.backends.cuda_processing import DeviceProcessing, can_run, load_kernels
+from headrace.backends.cuda_processing import DeviceProcessing, GpuBackend, load_kernels
 from headrace.backends.onnx_graph import graph_digest
 from headrace.backends.onnxruntime_options import inspection_options
 from headrace.backends.onnxruntime_session import open_session, signature_of
-from headrace.backends.processing import Processing
 from headrace.backends.tensorrt_api import Library, find_library
 from headrace.backends.tensorrt_engine import Bound, Engine, LaneContexts
 from headrace.backends.tensorrt_fit import check_covered, check_same, expect_nothing, graph_sizes, inputs_of
@@ -44,7 +43,7 @@ _WIRINGS = 64
 """Batch shapes of which one lane remembers where everything lies."""
 
 
-class TensorRtBackend(PipelinedBackend):
+class TensorRtBackend(GpuBackend):
     """Owns an engine, and for each lane its contexts and graphs."""
 
     name = "tensorrt"
@@ -55,8 +54,6 @@ class TensorRtBackend(PipelinedBackend):
     def __init__(self, path: Path, instance: InstanceConfig) -> None:
         super().__init__(path, instance)
         self._place = f"{path.parent.name}/{path.name}"
-        self._expected: Expected | None = None
-        self._processing = Processing()
         self._cancelled = threading.Event()
         self._plans: ModelPlans | None = None
         self._device_processing = DeviceProcessing(self._processing, None, ())
@@ -70,7 +67,6 @@ class TensorRtBackend(PipelinedBackend):
         self._wirings: list[dict[tuple[tuple[str, Shape], ...], Wiring]] = []
         self._artifact = ArtifactSignature((), ())
         self._visible: list[str] = []
-        self._lent: Mapping[str, DeviceArray] = {}
         self._uses_graphs = True
 
     def __repr__(self) -> str:
@@ -123,15 +119,6 @@ class TensorRtBackend(PipelinedBackend):
     @property
     def device(self) -> str:
         return f"cuda:{self._gpu.ordinal}" if self._gpu is not None else _gpu_name(self.instance.device)
-
-    def expect(self, expected: Expected) -> None:
-        self._expected = expected
-
-    def adopt(self, processing: Processing) -> bool:
-        if self._expected is not None and not can_run(processing, self._expected.artifact):
-            return False
-        self._processing = processing
-        return True
 
     def interrupt(self) -> None:
         self._cancelled.set()
@@ -222,9 +209,6 @@ class TensorRtBackend(PipelinedBackend):
         except (BackendError, CudaError):
             return {}  # `launch` says what is wrong with it
         return {name: lane.inputs.array(place) for name, place in layout.places.items()}
-
-    def lend(self, inputs: Mapping[str, DeviceArray]) -> None:
-        self._lent = inputs
 
     def launch(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None) -> Pending:
         assert self._lanes is not None, "load() comes before launch()"

@@ -14,8 +14,9 @@ from typing import NamedTuple, Protocol
 from headrace.batching.batch_queue import NEVER, BatchQueue
 from headrace.batching.forecast import MARGIN, Forecast
 from headrace.batching.latency import LatencyStats, LatencyTable
+from headrace.batching.lateness import expired_error, hopeless_error, unlikely_error
 from headrace.config import BatchingConfig
-from headrace.errors import Cancelled, DeadlineExceeded, DeviceLost, HeadraceError, NotReady, QueueFull, QueueTimeout
+from headrace.errors import Cancelled, DeviceLost, HeadraceError, NotReady, QueueFull
 from headrace.requests import Answer, Outlet, Reply, Ticket
 from headrace.telemetry.counters import CounterShard, DispatchReason, DropCause, FailureReason
 
@@ -166,7 +167,7 @@ class Batcher:
         """Raises when it is over, or will be before the request could be answered."""
         if ticket.expires <= now:
             self._shard.record_drop(DropCause.EXPIRED)
-            raise _expired(ticket, self._name)
+            raise expired_error(ticket, self._name)
         forecast, queue = self._forecast, self._queue
         if now >= forecast.next_look:
             self._look(now)
@@ -179,7 +180,7 @@ class Batcher:
             return
         self._shard.record_drop(DropCause.REFUSED)
         self._refused_rows += ticket.rows
-        raise _unlikely(ticket, self._name, now, start, answer)
+        raise unlikely_error(ticket, self._name, now, start, answer)
 
     def _free_at(self, now: float) -> list[float]:
         """When each instance has done what it runs, ascending; those that are about to look at the queue are free."""
@@ -387,7 +388,9 @@ class Batcher:
                 self._shard.record_drop(cause, len(late))
             for ticket in late:
                 ticket.is_settled = True
-                self._drop([ticket], _expired(ticket, self._name) if cause is DropCause.EXPIRED else _hopeless(ticket, self._name))
+                self._drop(
+                    [ticket], expired_error(ticket, self._name) if cause is DropCause.EXPIRED else hopeless_error(ticket, self._name)
+                )
             self._release(len(late))
 
     def lose(self, instance: Instance, error: DeviceLost) -> None:
@@ -498,30 +501,3 @@ class _Running(NamedTuple):
 
 _SHORTEST = 1e-6
 """Seconds of a batch that took less than the clock can tell."""
-
-
-def _is_call_deadline(ticket: Ticket) -> bool:
-    """Whether gRPC's deadline is the one that counts; else it is the request's timeout or the model's, which Triton calls UNAVAILABLE."""
-    return ticket.reply.deadline is not None and ticket.reply.deadline <= ticket.expires
-
-
-def _unlikely(ticket: Ticket, name: str, now: float, start: float, answer: float) -> HeadraceError:
-    if ticket.expires < min(start, ticket.answer_by):
-        done, limit, foreseen = "started", ticket.expires, start
-    else:
-        done, limit, foreseen = "answered", ticket.answer_by, answer
-    text = f"cannot be {done} in time by {name}: expected within {(limit - now) * 1e3:.3g} ms, foreseen in {(foreseen - now) * 1e3:.3g} ms"
-    return DeadlineExceeded(f"the call {text}") if _is_call_deadline(ticket) else QueueTimeout(f"Request timeout: the request {text}")
-
-
-def _hopeless(ticket: Ticket, name: str) -> HeadraceError:
-    text = f"too little time is left for {name} to answer"
-    if _is_call_deadline(ticket):
-        return DeadlineExceeded(f"the call's deadline cannot be met any more: {text}")
-    return QueueTimeout(f"Request timeout cannot be met any more: {text}")
-
-
-def _expired(ticket: Ticket, name: str) -> HeadraceError:
-    if _is_call_deadline(ticket):
-        return DeadlineExceeded(f"the call's deadline passed while the request was queued for {name}")
-    return QueueTimeout(f"Request timeout expired while the request was queued for {name}")
